@@ -1,0 +1,185 @@
+"""The command line: `python -m ziplora_lib zip …` and `inspect`, without a WebUI.
+
+Exit status: 0 done, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib.lora.keys import is_unet
+from ziplora_lib.lora.metadata import trigger_words
+from ziplora_lib.lora.reader import BASES, read
+from ziplora_lib.recipe import Recipe, parse
+
+# recipe fields that are not plain flags of `zip`
+_OWN_FLAGS = {"parents", "output"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BadInput as error:
+        print(f"ziplora: {error}", file=sys.stderr)
+        return 2
+    except MergeFailed as error:
+        print(f"ziplora: failed: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        print("ziplora: stopped before anything was learned; nothing was saved", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ziplora_lib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    zip_ = commands.add_parser("zip", help="merge a subject LoRA and a style LoRA into one")
+    for role in ("subject", "style"):
+        zip_.add_argument(f"--{role}", required=True, metavar="FILE", help=f"the {role} LoRA")
+        zip_.add_argument(f"--{role}-prompt", default="", metavar="TEXT", help="the prompt it was trained with")
+        zip_.add_argument(f"--{role}-strength", type=float, default=1.0, metavar="W", help="its strength in the merge")
+        zip_.add_argument(
+            f"--reference-{role}",
+            action="append",
+            default=[],
+            metavar="PATH",
+            help="its training pictures, instead of pictures that it makes itself",
+        )
+    zip_.add_argument("--model", default="miniature", help="SDXL folder, .safetensors file, hub id, or miniature")
+    zip_.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is by default")
+    zip_.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the merged LoRA")
+    zip_.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done and learned")
+    for name, field in Recipe.schema()["properties"].items():
+        if name in _OWN_FLAGS:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        default = Recipe.__fields__[name].default
+        if field["type"] == "boolean" and default is True:
+            zip_.add_argument(
+                f"--no-{name.replace('_', '-')}", dest=name, action="store_false", help=f"not: {field['description']}"
+            )
+        elif field["type"] == "boolean":
+            zip_.add_argument(flag, dest=name, action="store_true", help=field["description"])
+        else:
+            kind = {"integer": int, "number": float}.get(field["type"], str)
+            zip_.add_argument(
+                flag, dest=name, type=kind, default=default, choices=field.get("enum"), help=field["description"]
+            )
+    zip_.set_defaults(run=_zip)
+    inspect = commands.add_parser("inspect", help="what is in LoRA files")
+    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    parents = [
+        {
+            "lora": getattr(args, role),
+            "role": role,
+            "prompt": getattr(args, f"{role}_prompt"),
+            "strength": getattr(args, f"{role}_strength"),
+            "reference": getattr(args, f"reference_{role}"),
+        }
+        for role in ("subject", "style")
+    ]
+    fields = {name: getattr(args, name) for name in Recipe.__fields__ if name not in _OWN_FLAGS}
+    if args.out.suffix != ".safetensors":
+        raise BadInput(f"--out {args.out} does not end in .safetensors", remedy="Give the merged LoRA that ending")
+    return parse({**fields, "parents": parents, "output": args.out.name.removesuffix(".safetensors")})
+
+
+def _zip(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    if ".." in args.out.name:
+        raise BadInput(f"--out {args.out}: the name has '..'", remedy="Choose a plain name")
+    for parent in recipe.parents:  # before the model is loaded, which can take minutes
+        read(Path(parent.lora))
+    from ziplora_lib.hosts.diffusers import DiffusersHost
+    from ziplora_lib.job import run
+
+    host = DiffusersHost(args.model, args.out.parent, args.device)
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    def show(info: dict) -> bool:
+        print(_progress(info), end="", file=sys.stderr, flush=True)
+        return interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        result = run(recipe, host, show)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        print(file=sys.stderr)
+    if args.report:
+        args.report.write_text(json.dumps({**result.public(), "history": result.history}, indent=2) + "\n")
+    if result.pictures:
+        from ziplora_lib.pictures import strip
+
+        picture = args.out.with_suffix(".balance.png")
+        strip([[p for _, p in result.pictures]], [""], [_balance_label(b) for b, _ in result.pictures]).save(picture)
+    print(summary(result))
+    return 130 if result.stopped else 0
+
+
+def summary(result) -> str:
+    """A finished merge in a few lines."""
+    lines = [
+        f"saved {result.file}  ({result.saved['bytes'] / 1e6:.1f} MB, largest rounding {result.saved['largest_error']:.1e})"
+    ]
+    if "error" in result.learned:
+        for i, role in enumerate(("subject", "style")):
+            lines.append(
+                f"{role}: error against this LoRA alone {result.learned['error'][i]:.3f} "
+                f"(plain sum {result.learned['error_plain_sum'][i]:.3f}); mean coefficient {result.learned['mean'][i]:.2f}"
+            )
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join([*lines, f"prompt with {result.tag}"])
+
+
+def _balance_label(balance: float) -> str:
+    return "as learned" if balance == 0 else f"{'subject' if balance < 0 else 'style'} {abs(balance):.0%}"
+
+
+def _progress(info: dict) -> str:
+    loss = f"  loss {info['loss']:.3f}" if "loss" in info else ""
+    return f"\r{info['phase']} {info.get('step', 0)}/{info.get('steps', 1)}{loss}".ljust(60)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    views = []
+    for path in args.files:
+        lora = read(path)
+        trigger, source = trigger_words(lora)
+        unet = sum(map(is_unet, lora.deltas))
+        kinds = "LoCon" if any(len(d.shape) == 4 and d.shape[2:] != (1, 1) for d in lora.deltas.values()) else "LoRA"
+        views.append({
+            "file": str(path), "kind": kinds, "base": BASES[lora.base], "layers": len(lora.deltas),
+            "unet_layers": unet, "text_encoder_layers": len(lora.deltas) - unet, "ranks": lora.ranks, "dtype": lora.dtype,
+            "norm": lora.norm(), "trigger": trigger, "trigger_from": source, "sha256": lora.hash,
+            "ziplora": {k.removeprefix("ziplora."): v for k, v in lora.metadata.items() if k.startswith("ziplora.")},
+        })  # fmt: skip
+    if args.json:
+        print(json.dumps(views, indent=2, ensure_ascii=False))
+        return 0
+    for view in views:
+        print(view.pop("file"))
+        for name, value in view.items():
+            if value not in ("", {}, []):
+                print(f"  {name.replace('_', ' '):20} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

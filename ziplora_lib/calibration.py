@@ -1,0 +1,145 @@
+"""Calibration samples: what the loss is taken on.
+
+By default each LoRA alone makes its own pictures from its own prompt, so nobody has to keep training pictures; the samples
+are those pictures, noised to every level, with the predictions of that LoRA alone and of the bare model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ziplora_lib.errors import BadInput, Stopped
+from ziplora_lib.hosts.host import Cond, Host
+from ziplora_lib.merge.attach import Router
+from ziplora_lib.merge.method import Callback, Sample
+from ziplora_lib.recipe import Recipe
+
+LEVELS = 1000
+PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """One prompt as three models read it: the LoRA alone, the bare model, and the merged LoRA."""
+
+    alone: Cond
+    bare: Cond
+    merged: Cond
+
+
+def references(parent_reference: Sequence[str], resolution: int) -> list[Image.Image]:
+    """Reference pictures, cropped to the middle square. Raises BadInput for what is no readable picture."""
+    files: list[Path] = []
+    for entry in map(Path, parent_reference):
+        found = sorted(f for f in entry.iterdir() if f.suffix.lower() in PICTURE_FILES) if entry.is_dir() else [entry]
+        if not found:
+            raise BadInput(
+                "the folder holds no pictures",
+                file=str(entry),
+                remedy=f"Put {', '.join(sorted(PICTURE_FILES))} files there, or leave the references out",
+            )
+        files += found
+    pictures = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                square = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (resolution, resolution))
+        except (OSError, UnidentifiedImageError) as error:
+            raise BadInput("is not a readable picture", file=str(file), remedy="Remove it or save it again") from error
+        pictures.append(square)
+    return pictures
+
+
+@torch.no_grad()
+def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) -> tuple[list[Sample], list[Sample]]:
+    """The training samples and the held-out ones (fresh noise on the same pictures, own prompts), in a fixed order.
+
+    Teacher and bare predictions of both LoRAs' samples come from one batched pass, routed by sample.
+    Raises Stopped when the callback asks to stop: there is nothing to keep yet.
+    """
+    held_out = max(4, recipe.samples // 8)
+    total = sum(len(p.reference) or recipe.pictures for p in recipe.parents) + recipe.samples + held_out
+    done = 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        if callback({"phase": "calibrate", "step": done, "steps": total, "what": what}):
+            raise Stopped
+
+    latents, prompts = [], []
+    for i, parent in enumerate(recipe.parents):
+        given = references(parent.reference, recipe.resolution)
+        total += (len(given) - len(parent.reference)) if given else 0
+        latents.append(_latents(host, router, recipe, i, given, advance))
+        prompts.append([_encode(host, router, i, text, recipe.resolution) for text in (parent.prompt, "")])
+    generator = torch.Generator().manual_seed(recipe.seed)
+    samples = []
+    for n, share in ((recipe.samples, recipe.empty_share), (held_out, 0.0)):
+        drawn = [_drawn(latents[i], n, share, generator) for i in range(len(recipe.parents))]
+        group = []
+        for row in zip(*drawn):
+            group += _predicted(host, router, row, prompts)
+            advance("predicting")
+        samples.append(group)
+    return samples[0], samples[1]
+
+
+def _latents(host: Host, router: Router, recipe: Recipe, i: int, given: list[Image.Image], advance) -> Tensor:
+    parent, made = recipe.parents[i], []
+    if given:
+        for picture in given:
+            made.append(host.encode_picture(picture))
+            advance(f"encoding {parent.role} pictures")
+    else:
+        router.alone(i)
+        for k in range(recipe.pictures):
+            seed = recipe.seed + 1000 * (i + 1) + k
+            made.append(host.sample(parent.prompt, seed, recipe.resolution, recipe.sampler_steps, recipe.guidance))
+            advance(f"making {parent.role} pictures")
+    return torch.cat([latent.float().cpu() for latent in made])
+
+
+def _encode(host: Host, router: Router, i: int, text: str, resolution: int) -> _Prompts:
+    # the empty prompt is encoded as samplers encode the negative one: that is where guidance meets it
+    def encode() -> Cond:
+        return host.encode(text, resolution, negative=not text)
+
+    router.alone(i)
+    alone = encode()
+    router.bare()
+    bare = encode()
+    router.merged()
+    return _Prompts(alone, bare, encode())
+
+
+def _drawn(latents: Tensor, n: int, share: float, generator: torch.Generator) -> list[tuple]:
+    """n draws (latent, noise, level, on the empty prompt?); the levels are spread evenly, in random order."""
+    levels = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * LEVELS).long().clamp_max(LEVELS - 1)
+    levels = levels[torch.randperm(n, generator=generator)]
+    empty = torch.randperm(n, generator=generator) < round(share * n)
+    noise = torch.randn(n, *latents.shape[1:], generator=generator)
+    return [(latents[k % len(latents)][None], noise[k][None], levels[k : k + 1], bool(empty[k])) for k in range(n)]
+
+
+def _predicted(host: Host, router: Router, row: Sequence[tuple], prompts: list[list[_Prompts]]) -> list[Sample]:
+    """One sample of each LoRA: [alone, bare] for each, in one pass."""
+    x = [host.add_noise(latent, noise, t).float().cpu() for latent, noise, t, _ in row]
+    read = [prompts[i][int(empty)] for i, (*_, empty) in enumerate(row)]
+    router.alone(*(who for i in range(len(row)) for who in (i, None)))
+    predictions = host.predict(
+        torch.cat([x[i] for i in range(len(row)) for _ in "ab"]),
+        torch.cat([t for _, _, t, _ in row for _ in "ab"]),
+        [cond for r in read for cond in (r.alone, r.bare)],
+    )
+    predictions = predictions.float().cpu()
+    return [
+        Sample(i, x[i], row[i][2], read[i].merged, predictions[2 * i : 2 * i + 1], predictions[2 * i + 1 : 2 * i + 2])
+        for i in range(len(row))
+    ]

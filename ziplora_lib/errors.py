@@ -1,0 +1,23 @@
+"""The two ways a merge is refused or fails, each with words for the person who reads them."""
+
+from __future__ import annotations
+
+
+class BadInput(ValueError):
+    """Input that is refused before any work: says what is wrong, where (file, key), and what to do.
+
+    `str()` is one line, fit for a terminal, an API's `error` field or the tab's red text.
+    """
+
+    def __init__(self, problem: str, *, file: str | None = None, key: str | None = None, remedy: str | None = None):
+        self.problem, self.file, self.key, self.remedy = problem, file, key, remedy
+        where = "".join(f"{part}: " for part in (file, key and f"key '{key}'") if part)
+        super().__init__(f"{where}{problem}." + (f" {remedy}." if remedy else ""))
+
+
+class MergeFailed(RuntimeError):
+    """A merge that began and could not give a right result (for instance: gradients all zero). Nothing is saved."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The user stopped a merge before there was anything to keep."""

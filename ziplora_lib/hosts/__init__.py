@@ -1,0 +1,1 @@
+"""Hosts: whoever has the model (the WebUI, or diffusers without one)."""

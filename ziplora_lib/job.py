@@ -1,0 +1,265 @@
+"""A merge from start to end: preflight → calibrate → merge → check → save → publish → preview.
+
+Everything that a face (tab, API, command line) starts goes through `run`; `Job` is one run with a state to look at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ziplora_lib import calibration
+from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib.hosts.host import Host
+from ziplora_lib.lora import writer
+from ziplora_lib.lora.metadata import merged_metadata, trigger_words
+from ziplora_lib.lora.reader import Lora
+from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
+from ziplora_lib.merge.attach import Router, attach
+from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
+from ziplora_lib.merge.pairing import Pairing, pair, refuse_unfit, report
+from ziplora_lib.recipe import Recipe, stored
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before any work. report: see `pairing.report`, with the model and the size of the file to come."""
+
+    loras: list[Lora]
+    pairing: Pairing
+    slots: dict
+    destination: Path
+    report: dict
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished merge. pictures: (balance, picture) from subject to style, the same seed."""
+
+    file: str
+    tag: str
+    stopped: bool
+    warnings: list[str]
+    losses: dict
+    learned: dict
+    saved: dict
+    preflight: dict
+    seconds: dict
+    history: list[dict] = field(repr=False, default_factory=list)
+    pictures: list[tuple[float, Image.Image]] = field(repr=False, default_factory=list)
+
+    def public(self) -> dict:
+        """As JSON: all but the history and the pictures."""
+        return {k: v for k, v in asdict(self).items() if k not in ("history", "pictures")}
+
+
+def preflight(recipe: Recipe, host: Host) -> Preflight:
+    """Everything that can be refused before any work; raises BadInput that says what, where and what to do."""
+    destination = host.destination(writer.check_name(recipe.output))
+    writer.check_free(destination, recipe.overwrite)
+    model = host.model()
+    loras = [host.open(parent.lora) for parent in recipe.parents]
+    if len({lora.hash for lora in loras}) < len(loras) and not recipe.allow_same:
+        raise BadInput(
+            f"subject and style are the same LoRA ({loras[0].name}, {loras[1].name})",
+            file=loras[0].path.name,
+            remedy="Pick another one, or allow it: allow_same, --allow-same, or the box in the tab",
+        )
+    if destination.exists() and any(lora.path.resolve() == destination.resolve() for lora in loras):
+        raise BadInput(f"the output {destination.name} is one of the LoRAs that go in", remedy="Choose another name")
+    if recipe.method in NEEDS_MODEL:
+        for parent, lora in zip(recipe.parents, loras):
+            if not parent.prompt.strip():
+                raise BadInput(
+                    f"the {parent.role} has no prompt",
+                    file=lora.path.name,
+                    remedy="Write the prompt it was trained with, trigger word included",
+                )
+            calibration.references(parent.reference, 64)
+    slots = host.slots([key for lora in loras for key in lora.deltas])
+    shapes = {key: slot.shape for key, slot in slots.items()}
+    for lora in loras:
+        refuse_unfit(lora, shapes, model.name)
+    pairing = pair(loras, [p.strength for p in recipe.parents], shapes)
+    details = report(loras, pairing, shapes)
+    for parent, lora in zip(details["parents"], loras):
+        parent["trigger"], parent["trigger_from"] = trigger_words(lora)
+    details["model"] = asdict(model)
+    details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
+    return Preflight(loras, pairing, slots, destination, details)
+
+
+def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
+    """Merges, saves and publishes. The callback gets a dict a step; a true answer stops and keeps the best so far.
+
+    Raises BadInput before any work, Stopped when there was nothing to keep, MergeFailed when no right result came. However
+    it ends, the host is as it was before.
+    """
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def phase_done(name: str) -> None:
+        seconds[name] = round(time.perf_counter() - started - sum(seconds.values()), 3)
+
+    callback({"phase": "preflight", "step": 0, "steps": 1})
+    ready = preflight(recipe, host)
+    phase_done("preflight")
+    warnings = list(ready.report["warnings"])
+    with host.session(recipe):
+        with attach(ready.slots, ready.pairing.stacks) as router:
+            merged = _merge(recipe, host, router, ready.pairing, callback, phase_done)
+        warnings += merged.warnings
+        if merged.stopped:
+            warnings.append(
+                f"stopped at step {len(merged.history)} of {recipe.steps}; the best coefficients so far, of "
+                f"step {merged.summary['best_step']}, were kept"
+            )
+        callback({"phase": "save", "step": 0, "steps": 1})
+        saved = _save(recipe, ready, merged)
+        tag = host.publish(ready.destination)
+        phase_done("save")
+        with attach(ready.slots, merged.stacks) as router:
+            pictures = [] if merged.stopped else _pictures(recipe, host, router, ready.destination, callback, warnings)
+        phase_done("preview")
+    last = merged.history[-1] if merged.history else {}
+    return Result(
+        file=str(ready.destination),
+        tag=tag,
+        stopped=merged.stopped,
+        warnings=warnings,
+        losses={k: last[k] for k in ("step", "loss", "errors", "penalty", "mean_m", "retained") if k in last},
+        learned=merged.summary,
+        saved=saved,
+        preflight=ready.report,
+        seconds=seconds,
+        history=merged.history,
+        pictures=pictures,
+    )
+
+
+def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callback: Callback, phase_done) -> Merged:
+    settings = Settings(**{name: getattr(recipe, name) for name in Settings.__dataclass_fields__})
+    if recipe.method not in NEEDS_MODEL or not pairing.learned:
+        return METHODS["direct"](pairing, None, settings, callback)
+    train, held_out = calibration.calibrate(host, router, recipe, callback)
+    phase_done("calibrate")
+
+    def predict(samples: Sequence[Sample], coefficients) -> torch.Tensor:
+        router.merged(coefficients)
+        x, t = torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples])
+        return host.predict(x, t, [s.cond for s in samples]).float()
+
+    merged = METHODS[recipe.method](pairing, Calibration(train, held_out, predict), settings, callback)
+    phase_done("merge")
+    return merged
+
+
+def _save(recipe: Recipe, ready: Preflight, merged: Merged) -> dict:
+    parents = [f"{p.role}: {p.lora} (prompt: {p.prompt})" for p in recipe.parents]
+    notes = "Merged by ZipLoRA from " + ", ".join(parents) + ". Recipe in the file's metadata (ziplora.recipe)."
+    metadata = merged_metadata(
+        ready.destination.stem,
+        ready.loras,
+        {key: stack.ranks for key, stack in merged.stacks.items()},
+        stored(recipe, [lora.name for lora in ready.loras]),
+        merged.summary,
+        ready.report["model"]["prediction"],
+    )
+    saved = writer.write(ready.destination, merged.stacks, recipe.dtype, metadata, recipe.overwrite)
+    words = ", ".join(dict.fromkeys(w for w, _ in map(trigger_words, ready.loras) if w))
+    writer.write_beside(ready.destination, ".json", writer.card(words or recipe.picture_prompt, notes))
+    return saved
+
+
+def _pictures(
+    recipe: Recipe, host: Host, router: Router, destination: Path, callback: Callback, warnings: list[str]
+) -> list[tuple[float, Image.Image]]:
+    """The strip along the balance; its middle is the preview beside the file. What fails here costs no merge."""
+    pictures = []
+    try:
+        # the middle first: it is the preview
+        for k, point in enumerate(sorted(balance.points(recipe.balance_points), key=abs)):
+            if callback({"phase": "preview", "step": k, "steps": recipe.balance_points}):
+                break
+            router.merged(weights=list(balance.weights(point)))
+            latent = host.sample(
+                recipe.picture_prompt, recipe.seed, recipe.resolution, recipe.sampler_steps, recipe.guidance
+            )
+            picture = host.decode(latent)
+            pictures.append((point, picture))
+            if point == 0:
+                data = io.BytesIO()
+                picture.save(data, "PNG")
+                writer.write_beside(destination, ".png", data.getvalue())
+    except (RuntimeError, OSError) as error:
+        warnings.append(f"the LoRA is saved, but its preview pictures could not be made ({error})")
+    return sorted(pictures, key=lambda p: p[0])
+
+
+class Job:
+    """One run with a state: queued, running, done, stopped or failed. Safe to look at from another thread."""
+
+    def __init__(self, recipe: Recipe):
+        self.id = uuid.uuid4().hex[:12]
+        self.recipe = recipe
+        self.state = "queued"
+        self.progress: dict = {}
+        self.result: Result | None = None
+        self.error: str | None = None
+        self.bad_input = False
+        self._stop = False
+        self._phase_began = 0.0
+
+    def stop(self) -> None:
+        """Asks the run to stop at its next step and keep the best so far."""
+        self._stop = True
+
+    def run(self, host: Host, callback: Callback = lambda _: None) -> None:
+        """Runs to one of the end states; never raises for what went wrong in the merge, but keeps it in `error`."""
+        self.state = "running"
+
+        def watch(info: dict) -> bool:
+            if info.get("phase") != self.progress.get("phase"):
+                self._phase_began = time.monotonic()
+            self.progress = info
+            return bool(callback(info)) or self._stop
+
+        try:
+            if self._stop:
+                raise Stopped
+            self.result = run(self.recipe, host, watch)
+            self.state = "stopped" if self.result.stopped else "done"
+        except Stopped:
+            self.state, self.error = "stopped", "stopped before anything was learned; nothing was saved"
+        except (BadInput, MergeFailed) as error:
+            self.state, self.error, self.bad_input = "failed", str(error), isinstance(error, BadInput)
+        except Exception as error:
+            traceback.print_exc()
+            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+
+    def eta(self) -> float | None:
+        """Seconds left in this phase, by its pace so far."""
+        step, steps = self.progress.get("step", 0), self.progress.get("steps", 0)
+        if self.state != "running" or not step or not steps:
+            return None
+        return round((time.monotonic() - self._phase_began) / step * (steps - step), 1)
+
+    def public(self) -> dict:
+        """As JSON, for GET /ziplora/v1/jobs/{id}."""
+        keys = ("phase", "step", "steps", "loss", "errors", "penalty", "mean_m", "retained")
+        view = {"job": self.id, "state": self.state, **{k: self.progress[k] for k in keys if k in self.progress}}
+        view["eta"] = self.eta()
+        if self.result is not None:
+            view["result"] = json.loads(json.dumps(self.result.public()))
+        if self.error is not None:
+            view["error"] = self.error
+        return view

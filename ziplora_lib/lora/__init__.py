@@ -1,0 +1,1 @@
+"""LoRA files, and what a LoRA adds to one layer."""

@@ -1,0 +1,90 @@
+"""What a LoRA's metadata tells, and what a merged LoRA's metadata says.
+
+Fields: kohya-ss (ss_*), the WebUI's sshs_model_hash, Stability AI's modelspec.* (SAI model spec 1.0), ours (ziplora.*).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from ziplora_lib import __version__
+from ziplora_lib.lora.reader import Lora
+
+
+def tag_frequency(lora: Lora) -> dict[str, dict[str, int]]:
+    """kohya's ss_tag_frequency: {folder: {tag: count}}; {} where it is missing or of another form."""
+    try:
+        folders = json.loads(lora.metadata.get("ss_tag_frequency", "{}"))
+        return {str(f): {str(t): int(n) for t, n in tags.items()} for f, tags in folders.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def trigger_words(lora: Lora) -> tuple[str, str]:
+    """The words that call up a LoRA, and where they were found; ("", "") where nothing says.
+
+    In this order: the activation text in the WebUI's card, modelspec.trigger_phrase, the most frequent training tag.
+    """
+    if text := str(lora.sidecar.get("activation text") or "").strip():
+        return text, "activation text of its card"
+    if text := lora.metadata.get("modelspec.trigger_phrase", "").strip():
+        return text, "trigger phrase in the file"
+    counts: dict[str, int] = {}
+    for tags in tag_frequency(lora).values():
+        for tag, n in tags.items():
+            counts[tag.strip()] = counts.get(tag.strip(), 0) + n
+    if counts:
+        return max(counts, key=lambda tag: counts[tag]), "most frequent training tag"
+    return "", ""
+
+
+def merged_metadata(
+    name: str, parents: Sequence[Lora], ranks: dict[str, tuple[int, ...]], recipe: dict, learned: dict, prediction: str
+) -> dict[str, str]:
+    """The metadata of a merged LoRA, all but the hash, which the writer adds once the bytes are known.
+
+    ranks: each layer key's rank split, in the parents' order; learned: the coefficients' summary. No date and no path:
+    the same merge gives the same file.
+    """
+    known = [p.metadata.get("ss_base_model_version", "") for p in parents]
+    triggers = ", ".join(dict.fromkeys(words for words, _ in map(trigger_words, parents) if words))
+    tags = {f"{p.name}: {folder}": t for p in parents for folder, t in tag_frequency(p).items()}
+    rank = max(sum(r) for r in ranks.values())
+    resolution = int(recipe.get("resolution", 1024))
+    meta = {
+        "ss_base_model_version": next((v for v in known if v.startswith("sdxl_")), "sdxl_base_v1-0"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": name,
+        "ss_v2": "False",
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_training_comment": "merged by ZipLoRA from " + " and ".join(p.name for p in parents),
+        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": prediction,
+        "modelspec.merged_from": ", ".join(p.name for p in parents),
+        "ziplora.version": __version__,
+        "ziplora.recipe": json.dumps(recipe, ensure_ascii=False, sort_keys=True),
+        "ziplora.parents": json.dumps([{"name": p.name, "sha256": p.hash} for p in parents], ensure_ascii=False),
+        "ziplora.ranks": json.dumps(_rank_table(ranks)),
+        "ziplora.coefficients": json.dumps(learned, sort_keys=True),
+    }
+    if triggers:
+        meta["modelspec.trigger_phrase"] = triggers
+    for field in ("ss_sd_model_name", "ss_sd_model_hash", "ss_clip_skip"):
+        if value := next((p.metadata[field] for p in parents if p.metadata.get(field)), None):
+            meta[field] = value
+    return meta
+
+
+def _rank_table(ranks: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    """The rank splits in brief: the usual one under "*", each layer that differs by its key."""
+    splits = list(ranks.values())
+    usual = max(dict.fromkeys(splits), key=splits.count)
+    return {"*": list(usual)} | {key: list(split) for key, split in ranks.items() if split != usual}

@@ -1,0 +1,155 @@
+"""Deltas on live modules: while attached, chosen LoRAs take part in every forward; afterwards there is no trace.
+
+Factorised, x -> down -> up, so ΔW is never formed. Each sample of a batch can have its own route, a strength for every
+LoRA, applied between down and up where a LoRA is just some of the ranks: one batched pass serves all teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ziplora_lib.lora.stack import Stack
+
+HEADS = ("q", "k", "v", "out")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer key lives in a model: a Linear or Conv2d, or one projection of a MultiheadAttention."""
+
+    module: nn.Module
+    head: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, (out, in…)."""
+        if self.head is None:
+            return tuple(self.module.weight.shape)
+        return (self.module.embed_dim, self.module.embed_dim)
+
+
+class Router:
+    """Which LoRAs take part in the next forwards.
+
+    route: (B, P) strengths, (1, P) for the whole batch, or None for the bare model; coefficients: by layer key (P, columns)
+    merger coefficients, where a layer has any. Set both before a forward, and leave them until after its backward.
+    """
+
+    def __init__(self, parents: int):
+        self.parents = parents
+        self.route: Tensor | None = None
+        self.coefficients: Mapping[str, Tensor] = {}
+
+    def bare(self) -> None:
+        self.route, self.coefficients = None, {}
+
+    def alone(self, *parents: int | None) -> None:
+        """One LoRA a sample, without coefficients; None for the bare model. One argument serves the whole batch."""
+        rows = [[float(i == parent) for i in range(self.parents)] for parent in parents]
+        self.route, self.coefficients = torch.tensor(rows), {}
+
+    def merged(self, coefficients: Mapping[str, Tensor] | None = None, weights: list[float] | None = None) -> None:
+        """All LoRAs, with coefficients where given and at the weights given: by default the plain sum."""
+        self.route = torch.tensor([weights or [1.0] * self.parents])
+        self.coefficients = coefficients or {}
+
+    def delta(self, key: str, stack: Stack, slot: Slot, x: Tensor) -> Tensor | None:
+        """What the routed LoRAs add to this layer's output for input x; None if nothing."""
+        if self.route is None:
+            return None
+        m = self.coefficients.get(key)
+        down = stack.down if m is None else stack.folded_down(m)
+        down, up = down.to(x.dtype), stack.up.to(x.dtype)
+        weights = stack.per_rank(self.route.to(x))
+        if down.ndim == 4:
+            # the module's own convolution, with its stride, padding and padding mode
+            hidden = slot.module._conv_forward(x, down, None)
+            return F.conv2d(hidden * weights[:, :, None, None], up[:, :, None, None])
+        hidden = F.linear(x, down)
+        weights = weights.reshape(-1, *[1] * (hidden.ndim - 2), weights.shape[-1])
+        return F.linear(hidden * weights, up)
+
+
+@contextmanager
+def attach(slots: Mapping[str, Slot], stacks: Mapping[str, Stack]) -> Iterator[Router]:
+    """Attaches the stacks to the model's layers; yields the Router that says which LoRAs take part.
+
+    Layers without a slot are left out. The factors are moved to each module's device. Exit removes every hook.
+    """
+    router = Router(len(next(iter(stacks.values())).ranks))
+    heads: dict[nn.MultiheadAttention, dict[str, tuple[str, Stack, Slot]]] = {}
+    undo = []
+    try:
+        for key, stack in stacks.items():
+            if (slot := slots.get(key)) is None:
+                continue
+            if slot.head is None:
+                undo.append(slot.module.register_forward_hook(_hook(router, key, stack, slot)).remove)
+            else:
+                heads.setdefault(slot.module, {})[slot.head] = (key, stack, slot)
+        for attention, layers in heads.items():
+            undo.append(_replace_forward(attention, router, layers))
+        yield router
+    finally:
+        for remove in reversed(undo):
+            remove()
+
+
+def _on(stack: Stack, x: Tensor) -> Stack:
+    return (
+        stack if stack.up.device == x.device else replace(stack, up=stack.up.to(x.device), down=stack.down.to(x.device))
+    )
+
+
+def _hook(router: Router, key: str, stack: Stack, slot: Slot):
+    cached = [stack]
+
+    def add_delta(_module, args, output):
+        cached[0] = _on(cached[0], args[0])
+        added = router.delta(key, cached[0], slot, args[0])
+        return None if added is None else output + added.to(output.dtype)
+
+    return add_delta
+
+
+def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: Mapping[str, tuple[str, Stack, Slot]]):
+    """Self-attention with deltas on its fused projections: nn.MultiheadAttention offers no hook between them."""
+
+    def project(head: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        if head not in layers:
+            return y
+        key, stack, slot = layers[head]
+        added = router.delta(key, _on(stack, x), slot, x)
+        return y if added is None else y + added.to(y.dtype)
+
+    def forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):  # fmt: skip
+        if key_padding_mask is not None or need_weights:
+            raise NotImplementedError("a text encoder that asks for attention weights or a padding mask")
+        inputs = [x if attention.batch_first else x.transpose(0, 1) for x in (query, key, value)]
+        biases = [None] * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        q, k, v = (
+            project(head, x, w, b).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for head, x, w, b in zip(HEADS, inputs, attention.in_proj_weight.chunk(3), biases)
+        )
+        mask = _logit_mask(attn_mask, q)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and mask is None)
+        y = project("out", y.transpose(1, 2).flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
+        return (y if attention.batch_first else y.transpose(0, 1)), None
+
+    attention.forward = forward
+    return lambda: attention.__dict__.pop("forward", None)
+
+
+def _logit_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """MultiheadAttention's mask (float: added to the logits, bool: forbids) as scaled_dot_product_attention takes it."""
+    if mask is None:
+        return None
+    return ~mask if mask.dtype == torch.bool else mask.to(q.dtype)

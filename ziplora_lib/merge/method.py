@@ -1,0 +1,73 @@
+"""What every merge method takes and gives: (stacked factors, calibration) -> stacked factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ziplora_lib.lora.stack import Stack
+from ziplora_lib.merge.pairing import Pairing
+
+# Called with what is known at each step; a true answer asks to stop and keep the best so far.
+Callback = Callable[[dict], Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A calibration sample: a noised latent, the prompt, and what the model predicts for it.
+
+    parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; cond: the prompt as the merged LoRA will read it;
+    target: the prediction with that LoRA alone; bare: without any. Tensors other than cond lie on the CPU in fp32.
+    """
+
+    parent: int
+    x: Tensor
+    t: Tensor
+    cond: Any
+    target: Tensor
+    bare: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The samples, and the live model: predict(samples, coefficients by layer key) -> (B, 4, h, w), differentiable."""
+
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    predict: Callable[[Sequence[Sample], Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method's own settings, as the recipe has them."""
+
+    objective: str = "relative"
+    steps: int = 100
+    lr: float = 0.01
+    lam: float = 0.3
+    start: float = 0.5
+    batch: int = 1
+    at_once: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge: its stacks, ready to be saved, and how they came about.
+
+    coefficients: by layer key the learned (P, columns); summary: numbers for people and for the metadata; history: one
+    dict a step; stopped: ended by the callback; warnings: in words.
+    """
+
+    stacks: dict[str, Stack]
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    stopped: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+Method = Callable[[Pairing, "Calibration | None", Settings, Callback], Merged]

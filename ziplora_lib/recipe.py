@@ -1,0 +1,146 @@
+"""Recipe: everything that decides a merge. The tab, the API's schema, the command line and the metadata come from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Literal, Optional
+
+try:  # pydantic 2 keeps version 1's interface here; the WebUI ships pydantic 1, its forks 2
+    from pydantic.v1 import BaseModel, Extra, Field, ValidationError, root_validator, validator
+except ImportError:
+    from pydantic import BaseModel, Extra, Field, ValidationError, root_validator, validator
+
+from ziplora_lib.errors import BadInput
+from ziplora_lib.merge.objective import OBJECTIVES
+
+
+class Parent(BaseModel, extra=Extra.forbid):
+    """One LoRA that goes into the merge."""
+
+    lora: str = Field(..., min_length=1, description="the LoRA: its name in the WebUI, its path on the command line")
+    role: Literal["subject", "style"] = Field(..., description="what it stands for")
+    prompt: str = Field("", max_length=2000, description="the prompt it was trained with, trigger word included")
+    strength: float = Field(1.0, gt=0, le=4, description="its strength in the merge, as in <lora:name:strength>")
+    reference: list[str] = Field(
+        [],
+        max_items=64,
+        description="its training pictures (files or a folder), instead of pictures that the LoRA makes itself",
+    )
+
+
+class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
+    """Everything that decides a merge."""
+
+    parents: list[Parent] = Field(..., description="one subject and one style")
+    output: str = Field(..., description="the name of the new LoRA")
+    method: Literal["ziplora", "direct"] = Field("ziplora", description="ziplora learns; direct is the plain sum")
+    objective: Literal["relative", "paper", "paper-literal"] = Field("relative", description="form of the loss")
+    steps: int = Field(100, ge=1, le=1000, description="gradient steps")
+    lr: float = Field(0.01, gt=0, le=1, description="learning rate: about how far a coefficient moves in a step")
+    lam: Optional[float] = Field(
+        None,
+        ge=0,
+        le=100,
+        description="weight of the overlap penalty; the objective's own if not given (0.3 by default)",
+    )
+    start: Optional[float] = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="where every coefficient starts; the objective's own if not given (0.5 by default)",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    resolution: int = Field(1024, ge=64, le=2048, description="side of the calibration pictures in pixels")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="number format of the saved file")
+    overwrite: bool = Field(False, description="replace a LoRA of the same name")
+    allow_same: bool = Field(False, description="merge a LoRA with itself, if both parents are the same file")
+    pictures: int = Field(4, ge=1, le=32, description="calibration pictures that each LoRA makes")
+    samples: int = Field(64, ge=2, le=1024, description="noised calibration samples of each LoRA")
+    empty_share: float = Field(
+        0.25,
+        ge=0,
+        le=0.9,
+        description="share of the samples on the empty prompt, which guidance "
+        "subtracts and neither LoRA's own prompt constrains",
+    )
+    sampler_steps: int = Field(20, ge=1, le=100, description="sampler steps of calibration and preview pictures")
+    guidance: float = Field(5.0, ge=1, le=30, description="guidance of calibration and preview pictures")
+    batch: int = Field(1, ge=1, le=16, description="samples of each LoRA in a step")
+    at_once: int = Field(
+        1, ge=1, le=32, description="samples in one forward pass: more is faster and takes more memory"
+    )
+    checkpointing: bool = Field(True, description="recompute blocks in the backward: slower, far less memory")
+    balance_points: int = Field(
+        5,
+        ge=1,
+        le=9,
+        description="pictures along the balance subject … style after the merge; 1 makes the preview only",
+    )
+    preview_prompt: str = Field("", max_length=2000, description="prompt of the preview; both parents' if empty")
+
+    @validator("parents")
+    def _one_of_each(cls, parents: list[Parent]) -> list[Parent]:  # noqa: N805
+        if sorted(p.role for p in parents) != ["style", "subject"]:
+            raise ValueError("takes one LoRA with the role subject and one with the role style")
+        return sorted(parents, key=lambda p: p.role != "subject")
+
+    @validator("resolution")
+    def _multiple_of_64(cls, resolution: int) -> int:  # noqa: N805
+        if resolution % 64:
+            raise ValueError("must be a multiple of 64")
+        return resolution
+
+    @root_validator(skip_on_failure=True)
+    def _objective_decides(cls, values: dict) -> dict:  # noqa: N805
+        chosen = OBJECTIVES[values["objective"]]
+        for field, default in (("lam", chosen.lam), ("start", chosen.start)):
+            if values.get(field) is None:
+                values[field] = default
+        for field, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field} must be a finite number")
+        return values
+
+    @property
+    def subject(self) -> Parent:
+        return self.parents[0]
+
+    @property
+    def style(self) -> Parent:
+        return self.parents[1]
+
+    @property
+    def picture_prompt(self) -> str:
+        """The prompt of preview pictures."""
+        return self.preview_prompt or ", ".join(p.prompt for p in self.parents if p.prompt)
+
+
+def parse(fields: dict) -> Recipe:
+    """A Recipe from plain data. Raises BadInput that names the first wrong field; unknown fields are refused."""
+    try:
+        return Recipe.parse_obj(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "__root__")
+        message = "no such field" if first["type"] == "value_error.extra" else first["msg"]
+        raise BadInput(
+            f"{where}: {message}" if where else message,
+            remedy="See the recipe's schema: GET /ziplora/v1/schema, or --help on the command line",
+        ) from error
+
+
+def schema() -> dict:
+    """The recipe as JSON schema."""
+    return Recipe.schema()
+
+
+def stored(recipe: Recipe, names: list[str]) -> dict:
+    """The recipe as a merged file keeps it: parents by name, no path of this machine, what does not decide left out."""
+    fields = json.loads(recipe.json())
+    for parent, name in zip(fields["parents"], names):
+        parent["lora"] = name
+        parent["reference"] = len(parent["reference"])
+    for field in ("overwrite", "allow_same", "checkpointing"):
+        fields.pop(field)
+    return fields
