@@ -19,5 +19,5 @@ class MergeFailed(RuntimeError):
     """A merge that began and could not give a right result (for instance: gradients all zero). Nothing is saved."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """The user stopped a merge before there was anything to keep."""

@@ -158,7 +158,9 @@ def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callbac
         x, t = torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples])
         return host.predict(x, t, [s.cond for s in samples]).float()
 
-    merged = METHODS[recipe.method](pairing, Calibration(train, held_out, predict), settings, callback)
+    merged = METHODS[recipe.method](
+        pairing, Calibration(train, held_out, predict, host.model().device), settings, callback
+    )
     phase_done("merge")
     return merged
 

@@ -95,7 +95,7 @@ def _wake_text(encoder: nn.Module) -> nn.Module:
 
 
 def _unet() -> UNet2DConditionModel:
-    """SDXL's UNet at a tenth of its width: (batch, 4, h, w), text (batch, 77, 96), pooled (batch, 64), sizes (batch, 6).
+    """SDXL's UNet at a tenth of its width: latents (b, 4, h, w), text (b, 77, 96), pooled (b, 64), sizes (b, 6).
 
     `attention_head_dim` is the number of heads (diffusers' name for it): 16 wide each, as sgm's num_head_channels.
     """
@@ -124,20 +124,23 @@ def _wake_unet(unet: UNet2DConditionModel) -> None:
 def _open_direct_path(unet: UNet2DConditionModel) -> None:
     """Lay "the noise is what came in" over the random weights: an honest first guess at high noise.
 
-    Latent channel i enters as +x in channels 8i..8i+3 and as -x in 8i+4..8i+7, rides the outermost skip connection into
-    the last block, passes its shortcut, and is read back after norm and SiLU: silu(x) - silu(-x) = x, exactly.
-    Without such a path a random UNet has no notion of its own input, and no LoRA of small rank could teach it one.
+    Of the 32 outermost channels, half are reserved: latent channel i enters as +x in 8i, 8i+1 and as -x in 8i+2, 8i+3,
+    rides the outermost skip connection through the last block's shortcut, and is read back after norm and SiLU:
+    silu(x) - silu(-x) = x, exactly. With one channel in a group no other channel disturbs it there. The other half
+    stays random, read softly. Without such a path no LoRA of small rank could teach a random UNet what its input is.
     """
-    signs = torch.tensor([1.0] * 4 + [-1.0] * 4)
-    ride = torch.kron(torch.eye(4), signs[:, None])  # (32, 4)
+    ride = torch.kron(torch.eye(4), torch.tensor([[1.0], [1.0], [-1.0], [-1.0], [0.0], [0.0], [0.0], [0.0]]))  # (32, 4)
+    reserved = ride.abs().sum(1) > 0
     last = unet.up_blocks[-1].resnets[-1]
-    unet.conv_in.weight.mul_(0.5)
+    for layer in (unet.conv_in, last.conv_shortcut, last.conv2):
+        layer.weight[reserved] *= 0.02
+        layer.bias[reserved] *= 0.02
     unet.conv_in.weight[:, :, 1, 1] += ride
-    last.conv_shortcut.weight.mul_(0.5)
-    last.conv_shortcut.weight[:, 32:, 0, 0] += torch.eye(32)
-    last.conv2.weight.mul_(0.5)
-    unet.conv_out.weight.mul_(0.5)
-    unet.conv_out.weight[:, :, 1, 1] += ride.T / 4
+    last.conv_shortcut.weight[reserved, 32:, 0, 0] += torch.eye(32)[reserved]
+    unet.conv_out.weight[:, reserved] *= 0.02
+    unet.conv_out.weight[:, ~reserved] *= 0.5
+    unet.conv_out.bias.mul_(0.1)
+    unet.conv_out.weight[:, :, 1, 1] += ride.T / 2
     unet.conv_norm_out.weight.fill_(1.0).add_(torch.randn(32), alpha=0.02)
 
 

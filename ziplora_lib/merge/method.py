@@ -33,11 +33,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The samples, and the live model: predict(samples, coefficients by layer key) -> (B, 4, h, w), differentiable."""
+    """The samples, and the live model: predict(samples, coefficients by layer key) -> (B, 4, h, w), differentiable.
+
+    device: where the model computes, and the coefficients are learned.
+    """
 
     train: Sequence[Sample]
     held_out: Sequence[Sample]
     predict: Callable[[Sequence[Sample], Mapping[str, Tensor]], Tensor]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

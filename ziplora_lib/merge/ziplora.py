@@ -27,9 +27,10 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     or when the model's precision gives no finite loss.
     """
     objective = OBJECTIVES[settings.objective]
-    columns = learned_columns(pairing)
+    columns = learned_columns(pairing, calibration.device)
     parents = len(columns.grams)
-    m = torch.full((parents, columns.grams.shape[-1]), settings.start, requires_grad=True)
+    shape = (parents, columns.grams.shape[-1])
+    m = torch.full(shape, settings.start, device=calibration.device, requires_grad=True)
     # no weight decay: it would pull the coefficients to zero
     optimiser = torch.optim.Adam([m], lr=settings.lr)
 
@@ -77,10 +78,11 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     return _finished(pairing, columns, best, best_step, best_errors, summed, history, stopped)
 
 
-def learned_columns(pairing: Pairing) -> Columns:
+def learned_columns(pairing: Pairing, device: str = "cpu") -> Columns:
     """The learned layers' columns in one row, for the penalties and the summary."""
     stacks = [pairing.stacks[key] for key in pairing.learned]
-    return Columns(torch.cat([s.column_grams() for s in stacks], dim=-1), [s.columns for s in stacks])
+    grams = torch.cat([s.column_grams() for s in stacks], dim=-1)
+    return Columns(grams.to(device), [s.columns for s in stacks])
 
 
 def by_layer(m: Tensor, pairing: Pairing, columns: Columns) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def _groups(samples: Sequence[Sample], at_once: int) -> Iterator[Sequence[Sample
 
 
 def _finished(pairing, columns, m, step, errors, summed, history, stopped) -> Merged:
-    coefficients = by_layer(m, pairing, columns)
+    coefficients = by_layer(m.cpu(), pairing, columns)
     stacks = dict(pairing.stacks)
     for key, values in coefficients.items():
         stacks[key] = stacks[key].merged(values)

@@ -1,0 +1,106 @@
+"""The API: /ziplora/v1/…, JSON, the recipe as body. Mounted into the WebUI's app beside its own API."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Body, Depends, FastAPI, HTTPException
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+
+from ziplora_lib.errors import BadInput
+from ziplora_lib.job import Job, preflight
+from ziplora_lib.recipe import Recipe, parse, schema
+
+PREFIX = "/ziplora/v1"
+# finished jobs that can still be asked about
+KEPT_JOBS = 100
+
+
+def credentials(api_auth: str | None) -> dict[str, str] | None:
+    """The WebUI's --api-auth, "user:password,user:password"; None where it is not set."""
+    return dict(pair.split(":") for pair in api_auth.split(",")) if api_auth else None
+
+
+def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str] | None) -> None:
+    """Adds the routes to an app. host: a WebuiHost; jobs: shared with the tab; users: who may call, None for everyone."""
+
+    def allowed(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
+        expected = users.get(given.username, "")
+        right = secrets.compare_digest(given.password.encode(), expected.encode())
+        if not right or given.username not in users:
+            raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
+
+    guards = [] if users is None else [Depends(allowed)]
+
+    def route(method: str, path: str):
+        return app.api_route(PREFIX + path, methods=[method], dependencies=guards)
+
+    def recipe_of(body: Any) -> Recipe:
+        if not isinstance(body, dict):
+            raise BadInput("the body is not a recipe", remedy=f"Send a JSON object; see GET {PREFIX}/schema")
+        recipe = parse(body)
+        if any(parent.reference for parent in recipe.parents):
+            raise BadInput("reference pictures cannot be named over the API", remedy="Upload them in the tab")
+        return recipe
+
+    def job_of(job: str) -> Job:
+        if job not in jobs:
+            raise HTTPException(404, f"there is no job {job}")
+        return jobs[job]
+
+    def refused(error: BadInput) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 422)
+
+    @route("GET", "/loras")
+    def loras():
+        return host.loras()
+
+    @route("GET", "/schema")
+    def recipe_schema():
+        return schema()
+
+    @route("POST", "/preflight")
+    def check(body: Any = Body(...)):  # noqa: B008
+        try:
+            return preflight(recipe_of(body), host).report
+        except BadInput as error:
+            return refused(error)
+
+    @route("POST", "/merge")
+    def merge(body: Any = Body(...)):  # noqa: B008
+        try:
+            recipe = recipe_of(body)
+            preflight(recipe, host)
+        except BadInput as error:
+            return refused(error)
+        job = Job(recipe)
+        remember(jobs, job)
+
+        def work() -> None:
+            with host.exclusive(f"ziplora {job.id}"):
+                job.run(host, host.progress)
+
+        threading.Thread(target=work, name=f"ziplora-{job.id}", daemon=True).start()
+        return {"job": job.id}
+
+    @route("GET", "/jobs/{job}")
+    def show(job: str):
+        return job_of(job).public()
+
+    @route("POST", "/jobs/{job}/stop")
+    def stop(job: str):
+        found = job_of(job)
+        found.stop()
+        return found.public()
+
+
+def remember(jobs: dict[str, Job], job: Job) -> None:
+    """Adds a job; the oldest ended ones are forgotten."""
+    jobs[job.id] = job
+    ended = [key for key, j in jobs.items() if j.state not in ("queued", "running")]
+    for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
+        del jobs[key]

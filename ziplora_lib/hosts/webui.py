@@ -1,0 +1,356 @@
+"""The WebUI and its Lora extension: the model that is loaded there, on its device, and the LoRAs that it lists.
+
+The only file that imports the WebUI's `modules`. Whatever it changes on the live model, `session` puts back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from modules import (
+    call_queue,
+    devices,
+    extra_networks,
+    processing,
+    prompt_parser,
+    rng,
+    sd_models,
+    sd_samplers_common,
+    sd_unet,
+    shared,
+)
+from PIL import Image
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ziplora_lib.errors import BadInput
+from ziplora_lib.hosts.host import Model
+from ziplora_lib.lora.reader import Lora, peek, read
+from ziplora_lib.merge.attach import HEADS, Slot
+from ziplora_lib.recipe import Recipe
+
+# the WebUI's own default, so that a preview is the picture that txt2img makes of the same prompt and seed
+SAMPLER, SCHEDULER = "DPM++ 2M", "Automatic"
+
+# how much of the progress bar each phase takes: (from, to)
+PHASES = {
+    "preflight": (0.0, 0.01),
+    "calibrate": (0.01, 0.35),
+    "merge": (0.35, 0.9),
+    "save": (0.9, 0.9),
+    "preview": (0.9, 1),
+}
+
+_TE2_ATTENTION = re.compile(r"(1_model_transformer_resblocks_\d+_attn)_(q|k|v|out)_proj")
+_CHECKPOINTED = {"BasicTransformerBlock", "ResBlock"}
+
+
+def lora_extension():
+    """The built-in Lora extension's `networks`: a top-level module, there once the WebUI's scripts are loaded."""
+    networks = sys.modules.get("networks")
+    if networks is None:
+        raise BadInput(
+            "the WebUI's built-in Lora extension is not active",
+            remedy="Switch it on in Extensions > Installed, and restart",
+        )
+    return networks
+
+
+class WebuiHost:
+    """The WebUI as host. Cond: what `get_learned_conditioning` gives, {"crossattn", "vector"}."""
+
+    # --- LoRAs -------------------------------------------------------------------------------------
+
+    def loras(self) -> list[str]:
+        listed = lora_extension().available_networks.items()
+        return sorted((name for name, entry in listed if entry.is_safetensors), key=str.lower)
+
+    def refresh(self) -> None:
+        """Looks for LoRA files again."""
+        lora_extension().list_available_networks()
+
+    def open(self, name: str) -> Lora:
+        return read(self._path(name))
+
+    def peek(self, name: str) -> Lora:
+        return peek(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        available = lora_extension().available_networks
+        if name not in available:
+            self.refresh()
+        if name not in available:
+            raise BadInput(f"there is no LoRA named {name!r}", remedy="Pick one of the list, or refresh it")
+        return Path(available[name].filename)
+
+    def destination(self, output: str) -> Path:
+        path = Path(shared.cmd_opts.lora_dir) / f"{output}.safetensors"
+        for name, entry in lora_extension().available_networks.items():
+            if name.lower() == output.lower() and Path(entry.filename).resolve() != path.resolve():
+                raise BadInput(
+                    f"a LoRA named {name} is already there, in {Path(entry.filename).parent.name}",
+                    remedy="Choose another output name: the WebUI knows LoRAs by name, not by folder",
+                )
+        return path
+
+    def publish(self, path: Path) -> str:
+        # an overwritten file would otherwise go on with its old weights, and with prompts encoded under them
+        networks = lora_extension()
+        networks.networks_in_memory.pop(path.stem, None)
+        networks.load_networks([])
+        for kind in (processing.StableDiffusionProcessing, processing.StableDiffusionProcessingTxt2Img):
+            for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+                if cache in vars(kind):
+                    setattr(kind, cache, [None, None])
+        self.refresh()
+        return f"<lora:{path.stem}:1>"
+
+    # --- the model ---------------------------------------------------------------------------------
+
+    def model(self) -> Model:
+        model = shared.sd_model
+        if model is None or getattr(model, "model", None) is None:
+            raise BadInput("no checkpoint is loaded", remedy="Pick an SDXL checkpoint at the top left")
+        name = model.sd_checkpoint_info.name_for_extra
+        other = "Pick an SDXL checkpoint at the top left"
+        if not getattr(model, "is_sdxl", False):
+            raise BadInput(f"the loaded checkpoint {name} is not SDXL", remedy=other)
+        if getattr(model, "is_sdxl_inpaint", False):
+            raise BadInput(f"the loaded checkpoint {name} is an inpainting model", remedy=other)
+        if shared.cmd_opts.lowvram:
+            raise BadInput("the WebUI runs with --lowvram", remedy="Start it with --medvram-sdxl instead")
+        if devices.fp8:
+            raise BadInput("FP8 weights are on", remedy="Set Settings > Optimizations > FP8 weight to Disable")
+        if sd_unet.current_unet is not None or sd_unet.get_unet_option() is not None:
+            raise BadInput("another SD Unet (such as TensorRT) is active", remedy="Set Settings > SD Unet to None")
+        if shared.opts.data.get("hypertile_enable_unet", False):
+            raise BadInput("Hypertile is on", remedy="Switch off Settings > Hypertile > Enable Hypertile U-Net")
+        dtype = next(model.model.parameters()).dtype
+        prediction = "v" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
+        return Model(name, "sdxl", str(devices.device), str(dtype).removeprefix("torch."), prediction)
+
+    def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
+        mapping = shared.sd_model.network_layer_mapping
+        slots = {}
+        heads: dict[str, dict[str, str]] = {}
+        for key in keys:
+            name = network_name(key)
+            if match := _TE2_ATTENTION.fullmatch(name):
+                heads.setdefault(match[1], {})[match[2]] = key
+            elif isinstance(mapping.get(name), torch.nn.Linear | torch.nn.Conv2d):
+                slots[key] = Slot(mapping[name])
+        for name, parts in heads.items():
+            # the Lora extension applies these four together or not at all
+            if set(parts) == set(HEADS) and isinstance(mapping.get(name), torch.nn.MultiheadAttention):
+                slots |= {parts[head]: Slot(mapping[name], head) for head in HEADS}
+        return slots
+
+    @contextmanager
+    def session(self, recipe: Recipe) -> Iterator[None]:
+        model = shared.sd_model
+        with ExitStack() as stack:
+            stack.enter_context(_bare(model))
+            stack.enter_context(_frozen(model))
+            stack.enter_context(_no_hypertile(model))
+            if recipe.checkpointing:
+                stack.enter_context(_checkpointed(model.model.diffusion_model))
+            yield
+
+    # --- prompts, pictures, predictions ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompt: str, resolution: int, negative: bool = False) -> dict[str, Tensor]:
+        (text,), _ = extra_networks.parse_prompts([prompt])
+        texts = prompt_parser.SdConditioning([text], width=resolution, height=resolution, is_negative_prompt=negative)
+        with devices.autocast():
+            return shared.sd_model.get_learned_conditioning(texts)
+
+    def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
+        p = processing.StableDiffusionProcessingTxt2Img(
+            sd_model=shared.sd_model,
+            prompt=prompt,
+            seed=seed,
+            steps=steps,
+            cfg_scale=guidance,
+            width=resolution,
+            height=resolution,
+            sampler_name=SAMPLER,
+            scheduler=SCHEDULER,
+            do_not_save_samples=True,
+            do_not_save_grid=True,
+        )
+        # not the shared caches: they do not know of attached deltas
+        p.cached_c, p.cached_uc = [None, None], [None, None]
+        p.fill_fields_from_opts()
+        p.setup_prompts()
+        p.all_seeds, p.all_subseeds = [seed], [seed]
+        p.seeds, p.subseeds, p.prompts, p.negative_prompts = [seed], [seed], p.all_prompts, p.all_negative_prompts
+        p.parse_extra_network_prompts()  # takes <lora:…> out of the text; none is activated
+        with torch.no_grad(), p.sd_model.ema_scope():
+            with devices.autocast():
+                p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
+            p.rng = rng.ImageRNG((4, resolution // 8, resolution // 8), [seed], subseeds=[seed])
+            p.setup_conds()
+            sd_models.apply_alpha_schedule_override(p.sd_model, p)
+            with _unet_autocast():
+                return p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+
+    @torch.no_grad()
+    def encode_picture(self, picture: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+        # the VAE draws from its posterior: the same latent for the same picture, and the caller's random state kept
+        with torch.random.fork_rng(), devices.autocast():
+            torch.manual_seed(0)
+            return sd_samplers_common.images_tensor_to_samples(pixels, model=shared.sd_model)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Image.Image:
+        decoded = processing.decode_latent_batch(
+            shared.sd_model, latent, target_device=devices.cpu, check_for_nans=True
+        )
+        pixels = torch.clamp((decoded[0].float() + 1.0) / 2.0, 0.0, 1.0)
+        return Image.fromarray((255.0 * pixels.permute(1, 2, 0).numpy()).astype(np.uint8))
+
+    def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha = shared.sd_model.alphas_cumprod.float().to(latent.device)[t].reshape(-1, 1, 1, 1)
+        return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+
+    def predict(self, x: Tensor, t: Tensor, conds: Sequence[dict[str, Tensor]]) -> Tensor:
+        # prompts of different length: attention does not change when the whole sequence is repeated
+        length = math.lcm(*(c["crossattn"].shape[1] for c in conds))
+        cond = {
+            "crossattn": torch.cat([c["crossattn"].repeat(1, length // c["crossattn"].shape[1], 1) for c in conds]),
+            "vector": torch.cat([c["vector"] for c in conds]),
+        }
+        # through the wrapper, where casts and the medvram hook sit
+        with _unet_autocast():
+            return shared.sd_model.model(x.to(devices.device), t.float().to(devices.device), cond)
+
+    # --- the WebUI's queue and progress bar ---------------------------------------------------------------
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """The WebUI's queue, for a job that does not come through a gradio event: waits for generations, and they for it."""
+        with call_queue.queue_lock:
+            shared.state.begin(job=name)
+            try:
+                yield
+            finally:
+                shared.state.end()
+
+    def progress(self, info: dict) -> bool:
+        """Shows a job's step on the WebUI's progress bar; true if the WebUI's Interrupt was pressed."""
+        begin, end = PHASES[info["phase"]]
+        share = begin + (end - begin) * info.get("step", 0) / max(info.get("steps", 1), 1)
+        # the sampler sets sampling_step itself, within one hundredth
+        shared.state.job_count, shared.state.job_no = 100, int(100 * share)
+        shared.state.sampling_step, shared.state.sampling_steps = 0, 0
+        text = f"{info.get('what') or info['phase']}: step {info.get('step', 0)}/{info.get('steps', 1)}"
+        shared.state.textinfo = text + (f", loss {info['loss']:.3f}" if "loss" in info else "")
+        return bool(shared.state.interrupted or shared.state.stopping_generation)
+
+
+def network_name(key: str) -> str:
+    """A layer key -> the Lora extension's name of the layer, as its `load_network` finds it."""
+    if key.startswith("lora_unet_"):
+        return key.replace("lora_unet", "diffusion_model", 1)
+    if key.startswith("lora_te1_text_model"):
+        return key.replace("lora_te1_text_model", "0_transformer_text_model", 1)
+    return lora_extension().convert_diffusers_name_to_compvis(key, False)
+
+
+def _unet_autocast():
+    return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
+
+
+@contextmanager
+def _bare(model) -> Iterator[None]:
+    """No LoRA in the weights. They are baked in lazily, layer by layer, so each is asked to restore itself now.
+
+    The LoRAs that were loaded are named again at exit; the next generation bakes in what its own prompt asks for.
+    """
+    networks = lora_extension()
+    loaded = [
+        (n.mentioned_name or n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim) for n in networks.loaded_networks
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module in model.modules():
+                if getattr(module, "network_current_names", ()):
+                    networks.network_apply_weights(module)
+
+    networks.load_networks([])
+    try:
+        restore()
+        yield
+    finally:
+        networks.load_networks([])
+        restore()
+        if loaded:
+            networks.load_networks(*map(list, zip(*loaded)))
+
+
+@contextmanager
+def _frozen(model) -> Iterator[None]:
+    """Eval mode and no gradients for any weight; exit puts each flag back and drops gradients."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _checkpointed(unet: torch.nn.Module) -> Iterator[None]:
+    """Recomputes each block in the backward. The re-entrant kind, sgm's own, gives no gradient to frozen blocks."""
+    blocks = [module for module in unet.modules() if type(module).__name__ in _CHECKPOINTED]
+
+    def wrapped(forward):
+        def run(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return run
+
+    before = [(block, block.__dict__.get("_forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block._forward = wrapped(block._forward)
+        yield
+    finally:
+        for block, forward in before:
+            if forward is None:
+                block.__dict__.pop("_forward", None)
+            else:
+                block._forward = forward
+
+
+@contextmanager
+def _no_hypertile(model) -> Iterator[None]:
+    """A Hypertile that the last generation left on stays hooked until the next one: off for the job."""
+    found = [p for m in model.modules() if (p := getattr(m, "__webui_hypertile_params", None)) is not None]
+    before = [p.enabled for p in found]
+    try:
+        for params in found:
+            params.enabled = False
+        yield
+    finally:
+        for params, enabled in zip(found, before):
+            params.enabled = enabled
