@@ -25,7 +25,7 @@ from ziplora_lib.hosts.miniature import build_miniature
 SUBJECT_PROMPT = "a photo of sks cat"
 STYLE_PROMPT = "a house in szn style"
 PIXELS = 256
-STEPS = 120
+STEPS = 100
 
 # Every layer except two: up_blocks.0's upsampler, whose name in diffusers' spelling the WebUI translates wrongly for
 # SDXL (to output_blocks_2_1, which is a transformer there), and the embedding of sizes, which it does not translate.
@@ -50,8 +50,8 @@ class Sample:
     lr: float
 
 
-SUBJECT = Sample("subject", "chelsea", SUBJECT_PROMPT, 8, 4.0, True, 1e-2)
-STYLE = Sample("style", "retina", STYLE_PROMPT, 4, 8.0, False, 1e-2)
+SUBJECT = Sample("subject", "chelsea", SUBJECT_PROMPT, 8, 4.0, True, 1.4e-2)
+STYLE = Sample("style", "retina", STYLE_PROMPT, 4, 8.0, False, 5e-3)
 
 
 def load_picture(name: str) -> torch.Tensor:

@@ -16,6 +16,8 @@ PREFIXES = {
     "lora_te1_": "lora_te1_",
     "lora_te2_": "lora_te2_",
     "base_model.model.unet.": "lora_unet_",
+    "base_model.model.text_encoder.": "lora_te1_",
+    "base_model.model.text_encoder_2.": "lora_te2_",
     "base_model.model.": "lora_unet_",
     "unet.": "lora_unet_",
     "diffusion_model.": "lora_unet_",

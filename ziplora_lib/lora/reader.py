@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,8 +110,8 @@ def read(path: Path) -> Lora:
             )
         layers[key][part] = tensor
         spelled.setdefault(key, name)
-    alphas = _adapter_alphas(metadata)
-    deltas = {key: _delta(path, spelled[key], parts, alphas(spelled[key])) for key, parts in sorted(layers.items())}
+    scales = _adapter_scales(metadata)
+    deltas = {key: _delta(path, spelled[key], parts, scales) for key, parts in sorted(layers.items())}
     if not deltas:
         raise BadInput("holds no LoRA layer", file=path.name, remedy="Pick a LoRA file")
     dtypes = [str(parts["down"].dtype).removeprefix("torch.") for parts in layers.values()]
@@ -203,7 +205,9 @@ def _parse(path: Path, name: str) -> tuple[str, str]:
     return key, PARTS[suffix]
 
 
-def _delta(path: Path, name: str, parts: dict[str, Tensor], adapter_alpha: float | None) -> LowRankDelta:
+def _delta(
+    path: Path, name: str, parts: dict[str, Tensor], adapter_scale: Callable[[str, int], float | None]
+) -> LowRankDelta:
     def bad(problem: str, remedy: str = "The file is damaged or unfinished: download or save it again") -> BadInput:
         return BadInput(problem, file=path.name, key=name, remedy=remedy)
 
@@ -229,26 +233,30 @@ def _delta(path: Path, name: str, parts: dict[str, Tensor], adapter_alpha: float
                 "The training of this LoRA failed: use another file or an earlier epoch",
             )
     rank = down.shape[0]
-    value = float(alpha) if alpha is not None else adapter_alpha if adapter_alpha is not None else rank
-    return LowRankDelta(up, down, value / rank)
+    scale = float(alpha) / rank if alpha is not None else adapter_scale(name, rank)
+    return LowRankDelta(up, down, 1.0 if scale is None else scale)
 
 
-def _adapter_alphas(metadata: dict[str, str]):
-    """PEFT's alphas as newer diffusers store them, in one JSON field of the metadata: name -> alpha or None."""
+def _adapter_scales(metadata: dict[str, str]) -> Callable[[str, int], float | None]:
+    """PEFT's settings as newer diffusers store them, in one JSON field of the metadata: (name, rank) -> scale or None."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         config = {}
+    config = config if isinstance(config, dict) else {}
 
-    def alpha(name: str) -> float | None:
-        for part in ("unet", "text_encoder", "text_encoder_2"):
-            if name.startswith(f"{part}.") and f"{part}.lora_alpha" in config:
-                pattern = config.get(f"{part}.alpha_pattern") or {}
-                layer = name[len(part) + 1 :].split(".lora_")[0]
-                return float(pattern.get(layer, config[f"{part}.lora_alpha"]))
-        return None
+    def scale(name: str, rank: int) -> float | None:
+        part = next((p for p in ("unet", "text_encoder", "text_encoder_2") if name.startswith(f"{p}.")), "")
+        layer = name[len(part) + 1 :].split(".lora_")[0]
+        # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
+        patterns = dict(config.get(f"{part}.alpha_pattern") or {})
+        own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        alpha = next(own, config.get(f"{part}.lora_alpha"))
+        if alpha is None:
+            return None
+        return float(alpha) / (rank**0.5 if config.get(f"{part}.use_rslora") else rank)
 
-    return alpha
+    return scale
 
 
 def _sidecar(path: Path) -> dict:

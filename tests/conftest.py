@@ -1,0 +1,98 @@
+"""What several tests share. Pure tests (files, keys, maths) need torch, safetensors and pydantic alone, as the WebUI has."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # for loras and dense, whatever import mode pytest runs in
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+SIDE = 64  # pixels: the smallest picture of a recipe, the fastest on the miniature
+
+
+@pytest.fixture
+def host(tmp_path):
+    """The headless host with a fresh miniature; what is merged goes into tmp_path."""
+    pytest.importorskip("diffusers")
+    from ziplora_lib.hosts.diffusers import DiffusersHost
+
+    return DiffusersHost("miniature", tmp_path, "cpu")
+
+
+@pytest.fixture(scope="session")
+def layers():
+    """Every Linear and Conv2d of the miniature: {(part, dotted name): weight shape}, by enumeration."""
+    pytest.importorskip("diffusers")
+    from torch import nn
+
+    from ziplora_lib.hosts.miniature import build_miniature
+
+    pipe = build_miniature()
+    return {
+        (part, name): tuple(module.weight.shape)
+        for part in ("unet", "text_encoder", "text_encoder_2")
+        for name, module in getattr(pipe, part).named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+@pytest.fixture(scope="session")
+def pair_files(layers, tmp_path_factory):
+    """A subject and a style with random factors for the miniature, in kohya's format: different layers, ranks, alphas.
+
+    The subject adapts the attention, the convolutions and both text encoders; the style the attention, feed-forward and
+    time layers.
+    """
+    from loras import kohya_name, write_lora
+
+    folder = tmp_path_factory.mktemp("pair")
+    subject = {
+        kohya_name(*layer): shape
+        for layer, shape in layers.items()
+        if layer[0] != "unet" or "attn" in layer[1] or "resnets" in layer[1] or "samplers" in layer[1]
+    }
+    style = {
+        kohya_name(*layer): shape
+        for layer, shape in layers.items()
+        if layer[0] == "unet" and ("attn" in layer[1] or ".ff." in layer[1] or "time_emb" in layer[1])
+    }
+    return (
+        write_lora(folder / "subject.safetensors", subject, rank=3, alpha=1.5, seed=1, metadata={"ss_v2": "False"}),
+        write_lora(folder / "style.safetensors", style, rank=5, alpha=10.0, seed=2, size=0.15),
+    )
+
+
+@pytest.fixture
+def recipe_of(pair_files):
+    """recipe_of(**fields): a small recipe for the pair."""
+    from ziplora_lib.recipe import parse
+
+    def make(subject=pair_files[0], style=pair_files[1], **fields):
+        return parse({
+            "parents": [
+                {"lora": str(subject), "role": "subject", "prompt": "a photo of sks cat"},
+                {"lora": str(style), "role": "style", "prompt": "a house in szn style"},
+            ],
+            "output": "merged", "steps": 4, "resolution": SIDE, "pictures": 1, "samples": 4, "sampler_steps": 2,
+            "balance_points": 1, "checkpointing": False, "at_once": 8,
+            **fields,
+        })  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """The two sample LoRAs, trained once: (subject, style)."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    pytest.importorskip("skimage")
+    from ziplora_lib.hosts.samples import write_samples
+
+    return write_samples(tmp_path_factory.mktemp("samples"))

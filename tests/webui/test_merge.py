@@ -1,0 +1,404 @@
+"""Merges inside a real WebUI, over its API: the file is right, the next generation uses it, and nothing is left behind."""
+
+import hashlib
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from kohya_files import write_lora
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ziplora_lib.hosts.miniature import build_miniature
+from ziplora_lib.lora.reader import read
+from ziplora_lib.lora.stack import Stack
+
+SUBJECT, STYLE = "a photo of sks dog", "a house in szn style"
+# what the previews are made with
+PICTURE = {"steps": 6, "cfg_scale": 5.0, "sampler_name": "DPM++ 2M", "scheduler": "Automatic"}
+FILES = {
+    "random-subject": dict(seed=1, rank=8, alpha=4.0, only="attn"),
+    "random-style": dict(seed=2, rank=4, alpha=8.0),
+}
+
+
+def recipe(output: str, **fields) -> dict:
+    return {
+        "parents": [
+            {"lora": "random-subject", "role": "subject", "prompt": SUBJECT},
+            {"lora": "random-style", "role": "style", "prompt": STYLE, "strength": 0.8},
+        ],
+        "output": output,
+        **dict(steps=6, resolution=256, samples=4, pictures=1, sampler_steps=6, balance_points=1),
+        **fields,
+    }
+
+
+@pytest.fixture(scope="session")
+def loras(webui):
+    """The two parents, in the WebUI's folder."""
+    pipe = build_miniature()
+    for name, fields in FILES.items():
+        write_lora(webui.lora_dir / f"{name}.safetensors", pipe, **fields)
+    webui.post("/sdapi/v1/refresh-loras")
+    return {name: webui.lora_dir / f"{name}.safetensors" for name in FILES}
+
+
+def merge(webui, body: dict, until=("done", "stopped", "failed"), watch=None) -> dict:
+    answer = webui.post("/ziplora/v1/merge", json=body)
+    assert answer.status_code == 200, answer.text
+    job = answer.json()["job"]
+    for _ in range(1200):
+        state = webui.get(f"/ziplora/v1/jobs/{job}").json()
+        if watch is not None:
+            watch(job, state)
+        if state["state"] in until:
+            return state
+        time.sleep(0.1)
+    raise AssertionError(f"the job did not end: {state}\n{webui.log[-3000:]}")
+
+
+# What a job could leave behind in the live process.
+TRACES = """
+from modules import shared
+model = shared.sd_model
+import sys
+result = {
+    "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+    "overridden": sum(("forward" in vars(m)) + ("_forward" in vars(m)) for m in model.modules()),
+    "trainable": [p.requires_grad for p in model.parameters()],
+    "gradients": sum(p.grad is not None for p in model.parameters()),
+    "training": [m.training for m in model.modules()],
+    "devices": sorted({str(p.device) for p in model.parameters()}),
+    "loaded": [(n.name, n.te_multiplier, n.unet_multiplier) for n in sys.modules["networks"].loaded_networks],
+    "job": shared.state.job,
+}
+"""
+
+
+def test_our_delta_is_what_the_lora_extension_adds(webui, loras):
+    """On every layer that the extension matches, and it matches as many as we do."""
+    for name, path in loras.items():
+        out = webui.data_dir / f"{name}-updown.safetensors"
+        count = webui.run(UPDOWN, name=name, out=str(out))
+        theirs, ours = load_file(out), read(path).deltas
+        assert count == len(ours) == len(theirs)
+        for key, delta in ours.items():
+            wanted = theirs[key].reshape(delta.shape)
+            torch.testing.assert_close(delta.dense(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+UPDOWN = """
+import sys, torch, safetensors.torch
+from ziplora_lib.hosts.webui import WebuiHost, network_name
+networks = sys.modules["networks"]
+net = networks.load_network(data["name"], networks.available_networks[data["name"]])
+slots = WebuiHost().slots(list(WebuiHost().open(data["name"]).deltas))
+out = {}
+for key, slot in slots.items():
+    module = net.modules[network_name(key)]
+    out[key] = module.calc_updown(torch.zeros(slot.shape))[0].contiguous()
+safetensors.torch.save_file(out, data["out"])
+result = len(net.modules)
+"""
+
+
+def assert_untouched(webui, traces: dict, merged: dict) -> None:
+    """Since `traces` were taken nothing has changed, and a picture without LoRAs is as at the very beginning."""
+    assert webui.run(TRACES) == traces
+    assert np.array_equal(webui.txt2img(merged["prompt"], seed=0, **PICTURE), merged["before"]["picture"])
+
+
+@pytest.fixture(scope="session")
+def merged(webui, loras) -> dict:
+    """One merge over the API, what was there before it and after it."""
+    prompt = f"{SUBJECT}, {STYLE}"
+    before = {"picture": webui.txt2img(prompt, seed=0, **PICTURE), "traces": webui.run(TRACES)}
+    state = merge(webui, recipe("over-api"))
+    assert state["state"] == "done", state
+    after = {"traces": webui.run(TRACES), "picture": webui.txt2img(prompt, seed=0, **PICTURE)}
+    return {"prompt": prompt, "before": before, "after": after, "state": state}
+
+
+def test_a_job_leaves_no_trace(merged):
+    assert merged["before"]["traces"] == merged["after"]["traces"]
+    assert np.array_equal(merged["before"]["picture"], merged["after"]["picture"])
+
+
+def test_the_new_lora_is_listed_as_sdxl_with_the_right_hash(webui, merged):
+    path = webui.lora_dir / "over-api.safetensors"
+    data = path.read_bytes()
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    listed = webui.run(
+        """
+import sys
+entry = sys.modules["networks"].available_networks["over-api"]
+result = [entry.sd_version.name, entry.hash, entry.alias]
+"""
+    )
+    assert listed == ["SDXL", digest, "over-api"]
+    assert "over-api" in [entry["name"] for entry in webui.get("/sdapi/v1/loras").json()]
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["sd version"] == "SDXL"
+    assert SUBJECT in card["activation text"]
+    assert Image.open(path.with_suffix(".png")).size == (256, 256)
+
+
+def test_the_tag_makes_the_picture_of_the_learned_coefficients(webui, merged):
+    """The preview was made with the coefficients attached to the live model; the tag loads them from the file."""
+    attached = np.asarray(Image.open(webui.lora_dir / "over-api.png")).astype(int)
+    prompted = webui.txt2img(merged["prompt"] + merged["state"]["result"]["tag"], seed=0, **PICTURE).astype(int)
+    assert np.abs(attached - prompted).max() <= 2
+    assert np.abs(prompted - merged["before"]["picture"]).mean() > 2
+
+
+def test_direct_equals_both_tags_together(webui, loras, merged):
+    state = merge(webui, recipe("plain-sum", method="direct"))
+    both = "<lora:random-subject:1><lora:random-style:0.8>"
+    ours = webui.txt2img(merged["prompt"] + state["result"]["tag"], seed=3, **PICTURE).astype(int)
+    theirs = webui.txt2img(merged["prompt"] + both, seed=3, **PICTURE).astype(int)
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_every_column_is_the_parents_scaled(webui, loras, merged):
+    """ΔW_m[:,j] = m_c[j] ΔW_c[:,j] + m_s[j] ΔW_s[:,j], solved from the three files; no layer is missing."""
+    subject, style = (read(path).deltas for path in loras.values())
+    file = read(webui.lora_dir / "over-api.safetensors").deltas
+    assert set(file) == set(subject) | set(style)
+    for key, delta in file.items():
+        parts = [d[key].dense().flatten(1).double() for d in (subject, style) if key in d]
+        wanted = delta.dense().flatten(1).double()
+        a = torch.stack(parts, dim=-1).permute(1, 0, 2)  # (columns, out, parents)
+        m = torch.linalg.lstsq(a, wanted.T[..., None]).solution
+        residual = (a @ m - wanted.T[..., None]).norm() / wanted.norm()
+        assert residual < 2e-3, key  # fp16 factors, both sides
+        if len(parts) == 1:
+            expected = 1.0 if key in subject else 0.8
+            torch.testing.assert_close(m, torch.full_like(m, expected), rtol=5e-2, atol=5e-2)
+
+
+def test_an_overwritten_lora_is_used_at_once(webui, loras, merged):
+    webui.txt2img(f"{SUBJECT}<lora:over-api:1>", seed=0, **PICTURE)  # baked in, and cached
+    refused = webui.post("/ziplora/v1/merge", json=recipe("over-api", seed=5))
+    assert refused.status_code == 422
+    assert "over-api.safetensors" in refused.json()["error"]
+    state = merge(webui, recipe("over-api", seed=5, lr=0.1, overwrite=True))
+    assert state["state"] == "done"
+    attached = np.asarray(Image.open(webui.lora_dir / "over-api.png")).astype(int)
+    prompted = webui.txt2img(f"{merged['prompt']}<lora:over-api:1>", seed=5, **PICTURE).astype(int)
+    assert np.abs(attached - prompted).max() <= 2
+
+
+def test_loras_that_were_loaded_are_loaded_again(webui, loras):
+    prompt = f"{SUBJECT}<lora:random-style:0.7>"
+    before = webui.txt2img(prompt, seed=4, **PICTURE)
+    traces = webui.run(TRACES)
+    assert [name for name, *_ in traces["loaded"]] == ["random-style"]
+    assert merge(webui, recipe("while-loaded"))["state"] == "done"
+    assert webui.run(TRACES) == traces
+    assert np.array_equal(webui.txt2img(prompt, seed=4, **PICTURE), before)
+
+
+def test_stop_keeps_the_best_so_far(webui, loras, merged):
+    traces = webui.run(TRACES)
+
+    def stop(job, state):
+        if state.get("phase") == "merge" and state["step"] >= 3:
+            webui.post(f"/ziplora/v1/jobs/{job}/stop")
+
+    state = merge(webui, recipe("stopped", steps=500), watch=stop)
+    assert state["state"] == "stopped"
+    assert any("stopped at step" in warning for warning in state["result"]["warnings"])
+    assert (webui.lora_dir / "stopped.safetensors").is_file()
+    assert_untouched(webui, traces, merged)
+
+
+def test_the_webuis_own_interrupt_stops_it_before_anything_is_saved(webui, loras, merged):
+    traces = webui.run(TRACES)
+
+    def interrupt(job, state):
+        if state.get("phase") == "calibrate":
+            webui.post("/sdapi/v1/interrupt")
+
+    state = merge(webui, recipe("interrupted", pictures=8), watch=interrupt)
+    assert state["state"] == "stopped"
+    assert "nothing was saved" in state["error"]
+    assert not list(webui.lora_dir.glob("interrupted*"))
+    assert_untouched(webui, traces, merged)
+
+
+def test_a_failed_job_says_why_and_leaves_no_trace(webui, loras, merged):
+    traces = webui.run(TRACES)
+    webui.run("import ziplora_lib.hosts.webui as w\nw.WebuiHost.kept = w.WebuiHost.predict\n" + BREAK_PREDICT)
+    try:
+        state = merge(webui, recipe("failed"))
+    finally:
+        webui.run("import ziplora_lib.hosts.webui as w\nw.WebuiHost.predict = w.WebuiHost.kept")
+    assert state["state"] == "failed"
+    assert "out of memory" in state["error"]
+    assert not list(webui.lora_dir.glob("failed*"))
+    assert_untouched(webui, traces, merged)
+
+
+BREAK_PREDICT = """
+import torch
+def predict(self, x, t, conds):
+    if torch.is_grad_enabled():
+        raise RuntimeError("CUDA out of memory (injected)")
+    return w.WebuiHost.kept(self, x, t, conds)
+w.WebuiHost.predict = predict
+"""
+
+
+def test_a_generation_sent_meanwhile_waits_and_is_right(webui, loras, merged):
+    answer = webui.post("/ziplora/v1/merge", json=recipe("meanwhile"))
+    picture = webui.txt2img(merged["prompt"], seed=0, **PICTURE)
+    assert np.array_equal(picture, merged["before"]["picture"])
+    for _ in range(600):
+        state = webui.get(f"/ziplora/v1/jobs/{answer.json()['job']}").json()
+        if state["state"] == "done":
+            break
+        time.sleep(0.1)
+    assert state["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["None", "sdp-no-mem - scaled dot product without memory efficient attention", "V1 - original v1", "sub-quadratic"],
+)
+def test_attention_options_and_checkpointing_learn_the_same(webui, loras, merged, option):
+    """The gradient must come through every attention, and checkpointing must change nothing."""
+    options = webui.get("/sdapi/v1/options").json()["cross_attention_optimization"]
+    choices = webui.run("from modules import shared_items\nresult = shared_items.cross_attention_optimizations()")
+    chosen = next((c for c in choices if c.startswith(option.split(" - ")[0])), None)
+    assert chosen, choices
+    webui.post("/sdapi/v1/options", json={"cross_attention_optimization": chosen})
+    try:
+        state = merge(webui, recipe("attention", overwrite=True, checkpointing=option == "None"))
+        assert state["state"] == "done", state
+    finally:
+        webui.post("/sdapi/v1/options", json={"cross_attention_optimization": options})
+    reference = merge(webui, recipe("attention-reference", overwrite=True))
+    ours, theirs = (read(webui.lora_dir / f"{n}.safetensors").deltas for n in ("attention", "attention-reference"))
+    assert state["result"]["learned"]["error"] == pytest.approx(reference["result"]["learned"]["error"], rel=1e-2)
+    for key, delta in ours.items():
+        difference = (delta.dense() - theirs[key].dense()).norm() / theirs[key].dense().norm()
+        assert difference < 0.02, key
+
+
+BAD_OUTPUTS = ["a/b", "a\\b", "..", "../up", "con", "none", "", " ", "random-style", "x:y", "<b>"]
+
+
+@pytest.mark.parametrize("output", BAD_OUTPUTS)
+def test_bad_output_names_are_refused(webui, loras, output):
+    before = sorted(webui.lora_dir.rglob("*"))
+    for route in ("merge", "preflight"):
+        answer = webui.post(f"/ziplora/v1/{route}", json=recipe(output))
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"]
+    assert sorted(webui.lora_dir.rglob("*")) == before
+
+
+def test_bad_recipes_and_files_are_refused_by_name(webui, loras):
+    folder = webui.lora_dir
+    (folder / "text.safetensors").write_text("this is not a LoRA")
+    whole = loras["random-style"].read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    sd15 = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (320, 768),
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (768, 768),
+    }
+    tensors = {}
+    for key, (out, width) in sd15.items():
+        tensors |= {f"{key}.lora_up.weight": torch.ones(out, 2), f"{key}.lora_down.weight": torch.ones(2, width)}
+    save_file(tensors, folder / "sd15.safetensors")
+    broken = load_file(loras["random-style"])
+    broken[next(k for k in broken if k.endswith("up.weight"))].fill_(float("nan"))
+    save_file(broken, folder / "broken.safetensors")
+    webui.post("/sdapi/v1/refresh-loras")
+    expected = {
+        "text": "text.safetensors",
+        "cut": "cut.safetensors",
+        "sd15": "SD 1.5",
+        "broken": "not finite",
+        "random-subject": "same LoRA",
+        "nobody": "no LoRA named",
+    }
+    for name, message in expected.items():
+        body = recipe("never")
+        body["parents"][1]["lora"] = name
+        answer = webui.post("/ziplora/v1/merge", json=body)
+        assert answer.status_code == 422, answer.text
+        assert message in answer.json()["error"]
+        assert answer.json()["error"].count(". ") >= 1  # the remedy
+    for fields in ({"stepz": 3}, {"steps": 0}, {"lr": "fast"}, {"parents": []}, {"resolution": 100}):
+        answer = webui.post("/ziplora/v1/merge", json=recipe("never") | fields)
+        assert answer.status_code == 422, answer.text
+        assert next(iter(fields)) in answer.json()["error"]
+    body = recipe("never")
+    body["parents"][0]["reference"] = ["/etc"]
+    assert webui.post("/ziplora/v1/merge", json=body).status_code == 422
+    assert not list(folder.glob("never*"))
+
+
+def test_schema_and_unknown_jobs(webui):
+    schema = webui.get("/ziplora/v1/schema").json()
+    assert schema["properties"]["steps"]["default"] == 100
+    assert webui.get("/ziplora/v1/jobs/none").status_code == 404
+    assert webui.post("/ziplora/v1/jobs/none/stop").status_code == 404
+
+
+ROUTES = [
+    ("GET", "loras"),
+    ("GET", "schema"),
+    ("POST", "preflight"),
+    ("POST", "merge"),
+    ("GET", "jobs/x"),
+    ("POST", "jobs/x/stop"),
+]
+
+
+def test_api_auth_guards_every_route(start_webui):
+    with start_webui(flags=["--api-auth", "user:pass,other:word", "--medvram"]) as webui:
+        for method, route in ROUTES:
+            for auth in (None, ("user", "wrong"), ("nobody", "pass"), ("user", "word")):
+                answer = webui.request(method, f"/ziplora/v1/{route}", auth=auth, json={} if method == "POST" else None)
+                assert answer.status_code == 401, (route, auth)
+            for auth in (("user", "pass"), ("other", "word")):
+                answer = webui.request(method, f"/ziplora/v1/{route}", auth=auth, json={} if method == "POST" else None)
+                assert answer.status_code != 401, (route, auth)
+        # with --medvram parts of the model change places; the whole way once
+        pipe = build_miniature()
+        for name, fields in FILES.items():
+            write_lora(webui.lora_dir / f"{name}.safetensors", pipe, **fields)
+        webui.post("/sdapi/v1/refresh-loras")
+        before, traces = webui.txt2img(SUBJECT, seed=2), webui.run(TRACES)
+        state = merge(webui, recipe("medvram"))
+        assert state["state"] == "done", state
+        assert webui.run(TRACES) == traces
+        assert np.array_equal(webui.txt2img(SUBJECT, seed=2), before)
+
+
+def test_lowvram_is_refused_plainly(start_webui):
+    with start_webui(flags=["--lowvram"]) as webui:
+        pipe = build_miniature()
+        for name, fields in FILES.items():
+            write_lora(webui.lora_dir / f"{name}.safetensors", pipe, **fields)
+        answer = webui.post("/ziplora/v1/merge", json=recipe("low"))
+        assert answer.status_code == 422
+        assert "--lowvram" in answer.json()["error"]
+        assert "--medvram" in answer.json()["error"]
+
+
+def test_rank_split_is_subject_first(webui, merged, loras):
+    """`dyn` and later re-baking count on it."""
+    file = read(webui.lora_dir / "over-api.safetensors")
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    subject, style = (read(path).deltas[key] for path in loras.values())
+    assert json.loads(file.metadata["ziplora.ranks"])["*"] == [subject.rank, style.rank]
+    stack = Stack(file.deltas[key].up.float(), file.deltas[key].down.float(), (subject.rank, style.rank))
+    first = stack.part(0).dense()
+    m = (first * subject.dense()).sum(0) / subject.dense().square().sum(0)
+    torch.testing.assert_close(first, subject.dense() * m, rtol=1e-2, atol=2e-3 * first.abs().max().item())
