@@ -1,7 +1,7 @@
 // The ZipLoRA tab: progress bar, a page that was reloaded during a job, copy the tag, jump to txt2img.
 
 function ziplora_watch(task, timeout) {
-    const below = gradioApp().getElementById("ziplora_result");
+    const below = gradioApp().getElementById("ziplora_checked");
     requestProgress(task, below, null, () => localRemove("ziplora_running"), null, timeout);
 }
 

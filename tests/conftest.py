@@ -96,3 +96,26 @@ def samples(tmp_path_factory):
     from ziplora_lib.hosts.samples import write_samples
 
     return write_samples(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.fixture
+def lycoris_network(monkeypatch):
+    """lycoris_network(pipe, algo, **options): a network on UNet and text encoders as kohya's trainer makes it, random."""
+    kohya = pytest.importorskip("lycoris.kohya")
+    # without the class that holds the time layers, which LyCORIS also names one by one
+    blocks = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
+    monkeypatch.setattr(kohya.LycorisNetworkKohya, "UNET_TARGET_REPLACE_MODULE", blocks)
+    names = kohya.LycorisNetworkKohya.UNET_TARGET_REPLACE_NAME
+    monkeypatch.setattr(kohya.LycorisNetworkKohya, "UNET_TARGET_REPLACE_NAME", names)
+
+    def make(pipe, algo, **options):
+        encoders = [pipe.text_encoder, pipe.text_encoder_2]
+        network = kohya.LycorisNetworkKohya(encoders, pipe.unet, network_module=algo, **options)
+        network.apply_to(encoders, pipe.unet, True, True)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return network
+
+    return make

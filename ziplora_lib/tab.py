@@ -43,23 +43,23 @@ ADVANCED = {
     "Result": {
         "balance_points": "Pictures along the balance",
         "preview_prompt": "Preview prompt",
-        "dtype": "Number format",
+        "dtype": "Precision",
         "overwrite": "Overwrite",
         "allow_same": "Allow the same LoRA twice",
     },
 }
-LABELS = {"output": "Name of the new LoRA", "steps": "Steps", "seed": "Seed"}
+LABELS = {"output": "Output name", "steps": "Steps", "seed": "Seed"}
 LABELS |= {field: label for group in ADVANCED.values() for field, label in group.items()}
 
 # fields typed as a number; the other numbers are sliders with these steps, 1 where nothing is said
-TYPED = {"seed", "lr", "lam", "start"}
+TYPED = {"seed", "lr"}
 SLIDER_STEP = {"resolution": 64, "empty_share": 0.05, "guidance": 0.5}
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
 
-# The plain sum's relative error on the style, below which it made as good pictures as a learned merge: it was .17 to .42 on
-# lightly trained pairs, where learning gained little, and .69 to 1.15 on strongly trained ones, where it gained much.
-LIGHT_PAIR = 0.55
+# The plain sum's relative errors on (subject, style) below which it made pictures as good as a learned merge's: they were
+# 1.5 to 4.5 and .17 to .42 on lightly trained pairs, 3.5 to 7.4 and .69 to 1.15 on strongly trained ones.
+LIGHT_PAIR = (4.0, 0.55)
 # an error this much smaller than the plain sum's counts as closer
 CLOSER = 0.95
 
@@ -131,14 +131,14 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
             recipe = _recipe(dict(zip(fields, values)))
             preflight(recipe, host)
         except BadInput as error:
-            return "", gr.update(), gr.update(), *_nothing(_error(str(error)))
+            return "", gr.update(), gr.update(), _error(str(error)), *_nothing("")
         except Exception as error:
             traceback.print_exc()
-            return "", gr.update(), gr.update(), *_nothing(_error(f"{type(error).__name__}: {error}"))
+            return "", gr.update(), gr.update(), _error(f"{type(error).__name__}: {error}"), *_nothing("")
         job = Job(recipe)
         remember(jobs, job)
         fresh.add(job.id)
-        return job.id, gr.update(interactive=False), gr.update(interactive=True), *_nothing("")
+        return job.id, gr.update(interactive=False), gr.update(interactive=True), "", *_nothing("")
 
     def run(task: str, job_id: str):
         if job_id not in fresh:
@@ -157,7 +157,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         pickers_now = listed()
         if job.result is None:
             text = job.error or job.state
-            return [*pickers_now, *_nothing(_error(text) if job.state == "failed" else _line(text))]
+            return [*pickers_now, *_nothing(_error(text, "Failed") if job.state == "failed" else _line(_capital(text)))]
         pictures = [(picture, _caption(point)) for point, picture in job.result.pictures]
         gallery = gr.update(value=pictures, columns=max(1, len(pictures)), visible=bool(pictures))
         return [*pickers_now, gr.update(visible=True), job.result.tag, gallery, _result(job)]
@@ -210,7 +210,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
                         lines=2,
                         elem_id=f"ziplora_{role}_prompt",
                     )
-                    notes[role] = gr.HTML(elem_id=f"ziplora_{role}_note")
+                    notes[role] = gr.HTML(elem_id=f"ziplora_{role}_note", elem_classes=["ziplora_note"])
                     strengths[role] = gr.Slider(
                         0.1,
                         2,
@@ -232,7 +232,8 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
                 with gr.Row(elem_classes=["ziplora_grid"]):
                     fields |= {field: _control(field) for field in group}
             gr.HTML(
-                f"<h4>Reference pictures</h4><p>Optional. {_hint('reference', parent=True)}.</p>",
+                "<h4>Reference pictures</h4><p>Optional: the pictures that a LoRA was trained on. Without them it makes "
+                "its own calibration pictures.</p>",
                 elem_classes=["ziplora_heading"],
             )
             with gr.Row():
@@ -241,20 +242,20 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
                         label=f"Pictures of the {role}",
                         file_count="multiple",
                         file_types=["image"],
+                        height=140,
                         elem_id=f"ziplora_{role}_reference",
                     )
         with gr.Row(elem_id="ziplora_buttons"):
-            check_button = gr.Button("Check", elem_id="ziplora_check", scale=1)
-            stop_button = gr.Button("Stop", variant="stop", interactive=False, elem_id="ziplora_stop", scale=1)
             zip_button = gr.Button("Zip", variant="primary", elem_id="ziplora_zip", scale=3)
+            stop_button = gr.Button("Stop", variant="stop", interactive=False, elem_id="ziplora_stop", scale=1)
+            check_button = gr.Button("Check", elem_id="ziplora_check", scale=1)
         checked = gr.HTML(elem_id="ziplora_checked")
         stopping = gr.HTML(elem_id="ziplora_stopping")
         with gr.Column(elem_id="ziplora_result"):
             with gr.Row(visible=False, elem_id="ziplora_tag_row") as tag_row:
-                tag = gr.Textbox(label="In a prompt", interactive=False, elem_id="ziplora_tag", scale=3)
+                tag = gr.Textbox(label="In a prompt", max_lines=1, interactive=False, elem_id="ziplora_tag", scale=3)
                 copy = gr.Button("Copy", elem_id="ziplora_copy", min_width=80, scale=1)
                 send = gr.Button("Send to txt2img", elem_id="ziplora_send", min_width=140, scale=1)
-            summary = gr.HTML(elem_id="ziplora_summary")
             gallery = gr.Gallery(
                 label="The balance: one seed, from more of the subject to more of the style",
                 visible=False,
@@ -262,6 +263,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
                 show_share_button=False,
                 elem_id="ziplora_gallery",
             )
+            summary = gr.HTML(elem_id="ziplora_summary")
         resume = gr.Button("Resume", elem_id="ziplora_resume")
 
         for role in ROLES:
@@ -298,7 +300,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
 
         state = [running, zip_button, stop_button]
         released = [release, None, [*state, stopping]]
-        prepared = zip_button.click(prepare, inputs, [*state, *shown[2:]], **quiet)
+        prepared = zip_button.click(prepare, inputs, [*state, checked, *shown[2:]], **quiet)
         prepared.then(run, [task, running], shown, _js="ziplora_submit", **quiet).then(*released, **quiet)
         stop_button.click(stop, running, [stop_button, stopping], queue=False, **quiet)
         rejoined = resume.click(rejoin, running, state, _js="ziplora_rejoin", **quiet)
@@ -317,21 +319,28 @@ def _property(field: str, parent: bool = False) -> dict:
 
 
 def _hint(field: str, parent: bool = False) -> str:
-    text = _property(field, parent)["description"]
-    return text[0].upper() + text[1:]
+    return _capital(_property(field, parent)["description"])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _control(field: str, **layout) -> gr.components.Component:
     """The control of one field: its default, bounds and hint as the recipe has them."""
     about = _property(field)
     default = about.get("default")
-    common = {"label": LABELS[field], "info": _hint(field), "elem_id": f"ziplora_{field}", **layout}
+    hint = _hint(field)
+    hint = _capital(hint[len(LABELS[field]) + 2 :]) if hint.startswith(f"{LABELS[field]}: ") else hint
+    common = {"label": LABELS[field], "info": hint, "elem_id": f"ziplora_{field}", **layout}
     if "enum" in about:
         return gr.Radio(about["enum"], value=default, **common)
     if about["type"] == "boolean":
         return gr.Checkbox(default, **common)
     if about["type"] == "string":
-        return gr.Textbox(default or "", **common)
+        return gr.Textbox(default or "", max_lines=1, **common)
+    if default is None:
+        return gr.Textbox("", placeholder="the objective's own", max_lines=1, **common)
     if field in TYPED:
         return gr.Number(default, precision=0 if about["type"] == "integer" else None, **common)
     return gr.Slider(about["minimum"], about["maximum"], default, step=SLIDER_STEP.get(field, 1), **common)
@@ -352,7 +361,7 @@ def _recipe(given: dict):
         }
         for role in ROLES
     ]
-    # an emptied number box means the default
+    # an emptied box means the default
     rest = {field: given[field] for field in LABELS if given[field] is not None and given[field] != ""}
     try:
         return parse({"parents": parents, "output": "", **rest})
@@ -382,24 +391,21 @@ def _suggested(host, name: str | None, prompt: str, role: str, filled: dict) -> 
     try:
         words, source = trigger_words(host.peek(name))
     except BadInput as error:
-        return prompt, _error(str(error)), filled
+        return prompt, _error(str(error), "Cannot read it"), filled
     typed = prompt.strip() not in ("", filled.get(role, ""))
     if typed:
         shortened = words if len(words) <= 200 else words[:200] + " …"
-        note = f"Your prompt was kept. {source.capitalize()}: “{shortened}”" if words else "Your prompt was kept."
+        note = f"Your prompt was kept; {source}: “{shortened}”." if words else "Your prompt was kept."
         return prompt, _line(note), filled
-    if words:
-        note = f"Filled in: {source}. Make it the prompt that the LoRA was trained with, if you know it."
-    else:
-        note = "This LoRA does not say its trigger word: write the prompt that it was trained with."
+    note = f"Filled in from the {source}." if words else "Its file names no trigger word: write its prompt yourself."
     return words, _line(note), {**filled, role: words}
 
 
 # --- what is said, as HTML -----------------------------------------------------------------------------------
 
 
-def _error(text: str) -> str:
-    return f"<div class='error'>{html.escape(text[:1].upper() + text[1:])}</div>"
+def _error(text: str, what: str = "Cannot zip") -> str:
+    return f"<div class='error'>{what}: {html.escape(text)}</div>"
 
 
 def _line(text: str) -> str:
@@ -412,8 +418,8 @@ def _nothing(text: str) -> list:
 
 
 def _warnings(warnings: list[str]) -> str:
-    items = "".join(f"<li>{html.escape(w[:1].upper() + w[1:])}</li>" for w in warnings)
-    return f"<ul class='ziplora_warnings'>{items}</ul>" if items else ""
+    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    return f"<p>Worth knowing:</p><ul class='ziplora_warnings'>{items}</ul>" if items else ""
 
 
 def _ready(report: dict) -> str:
@@ -444,8 +450,10 @@ def _result(job: Job) -> str:
     result = job.result
     names = [parent["name"] for parent in result.preflight["parents"]]
     state = "Stopped early, and kept" if result.stopped else "Done"
-    head = f"<p><b>{state}:</b> {html.escape(result.tag)} is in your Lora folder.</p>"
-    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items())
+    words = " and ".join(f"“{p.prompt}”" for p in job.recipe.parents if p.prompt)
+    use = f"{result.tag} is in your Lora folder. " + (f"Prompt it with the words of both: {words}." if words else "")
+    head = f"<p><b>{state}:</b> {html.escape(use)}</p>"
+    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items() if seconds >= 0.5)
     foot = f"<p class='ziplora_small'>{html.escape(result.file)} ({_size(result.saved['bytes'])}). {spent}.</p>"
     return head + _learned(result.learned, names) + _warnings(result.warnings) + foot
 
@@ -456,7 +464,7 @@ def _learned(learned: dict, names: list[str]) -> str:
     if not merged or not summed:
         return _line("The two LoRAs were added as they are; nothing was learned.")
     rows = "".join(
-        f"<tr><td>{role.capitalize()} <i>{html.escape(name)}</i></td><td>{was:.2f}</td><td>{now:.2f}</td></tr>"
+        f"<tr><td>{role.capitalize()} <i>{html.escape(name)}</i></td><td>{_short(was)}</td><td>{_short(now)}</td></tr>"
         for role, name, was, now in zip(ROLES, names, summed, merged)
     )
     return (
@@ -470,15 +478,19 @@ def _learned(learned: dict, names: list[str]) -> str:
 def _verdict(merged: list[float], summed: list[float], names: list[str]) -> str:
     """Whether zipping paid: the errors against each LoRA alone, beside those of the plain sum."""
     both = " ".join(f"<lora:{name}:1>" for name in names)
-    closer = [now < CLOSER * was for now, was in zip(merged, summed)]
-    further = [now > was / CLOSER for now, was in zip(merged, summed)]
-    if not any(closer):
+    if not any(now < CLOSER * was for now, was in zip(merged, summed)):
         return f"Zipping did not pay for this pair: plainly adding the two, {both}, does as well."
-    if any(further):
-        gained, lost = ROLES[closer.index(True)], ROLES[further.index(True)]
-        return f"The new LoRA keeps the {gained} better than plainly adding the two, and the {lost} worse."
-    times = " and ".join(f"{was / max(now, 1e-9):.1f} times for the {r}" for r, was, now in zip(ROLES, summed, merged))
-    text = f"The new LoRA stays closer to both than plainly adding them does: {times}."
-    if summed[1] < LIGHT_PAIR:
-        text += f" But plainly adding them disturbs this pair little, so {both} may look as good: compare."
+    parts = []
+    for role, now, was in zip(ROLES, merged, summed):
+        if now < CLOSER * was:
+            parts.append(f"{_short(was / max(now, 1e-9))} times smaller on the {role}")
+        else:
+            parts.append(f"{'larger' if now > was / CLOSER else 'as large'} on the {role}")
+    text = f"Compared with plainly adding the two, the error is {' and '.join(parts)}."
+    if all(was < light for was, light in zip(summed, LIGHT_PAIR)):
+        text += f" But this pair gets along well anyway: plainly adding them, {both}, may look as good. Compare."
     return text
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"

@@ -146,17 +146,6 @@ def _metadata(sample: Sample, steps: int) -> dict[str, str]:
     }
 
 
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in a random order; sorted, the same training gives the same bytes."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
-
-
 def write_samples(folder: Path, seed: int = 0, steps: int = STEPS, batch: int = 2) -> tuple[Path, Path]:
     """Train both samples on `build_miniature(seed)` and write `subject.safetensors` and `style.safetensors`.
 
@@ -171,6 +160,5 @@ def write_samples(folder: Path, seed: int = 0, steps: int = STEPS, batch: int = 
             _train(pipe, sample, steps, batch)
         path = folder / f"{sample.name}.safetensors"
         save_file(_kohya_layers(pipe, sample), path, metadata=_metadata(sample, steps))
-        _sort_metadata(path)
         written.append(path)
     return written[0], written[1]

@@ -110,7 +110,7 @@ def read(path: Path) -> Lora:
             )
         layers[key][part] = tensor
         spelled.setdefault(key, name)
-    scales = _adapter_scales(metadata)
+    scales = _adapter_scales(path, metadata)
     deltas = {key: _delta(path, spelled[key], parts, scales) for key, parts in sorted(layers.items())}
     if not deltas:
         raise BadInput("holds no LoRA layer", file=path.name, remedy="Pick a LoRA file")
@@ -237,35 +237,46 @@ def _delta(
     return LowRankDelta(up, down, 1.0 if scale is None else scale)
 
 
-def _adapter_scales(metadata: dict[str, str]) -> Callable[[str, int], float | None]:
-    """PEFT's settings as newer diffusers store them, in one JSON field of the metadata: (name, rank) -> scale or None."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        config = {}
-    config = config if isinstance(config, dict) else {}
+def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float | None]:
+    """What PEFT keeps beside the weights: (name, rank) -> scale or None.
+
+    Newer diffusers store PEFT's settings in one JSON field of the metadata, PEFT itself in a file of its own.
+    """
+    settings = _json(metadata.get("lora_adapter_metadata", ""))
+    if path.name == "adapter_model.safetensors" and (file := path.with_name("adapter_config.json")).is_file():
+        own = _json(file.read_text(encoding="utf-8", errors="replace"))
+        settings |= {f"base_model.model.{field}": value for field, value in own.items()}
 
     def scale(name: str, rank: int) -> float | None:
-        part = next((p for p in ("unet", "text_encoder", "text_encoder_2") if name.startswith(f"{p}.")), "")
-        layer = name[len(part) + 1 :].split(".lora_")[0]
+        parts = ("unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
+        part = next((p for p in parts if name.startswith(p)), "")
+        layer = name[len(part) :].split(".lora_")[0]
         # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
-        patterns = dict(config.get(f"{part}.alpha_pattern") or {})
+        patterns = dict(settings.get(f"{part}alpha_pattern") or {})
         own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        alpha = next(own, config.get(f"{part}.lora_alpha"))
+        alpha = next(own, settings.get(f"{part}lora_alpha"))
         if alpha is None:
             return None
-        return float(alpha) / (rank**0.5 if config.get(f"{part}.use_rslora") else rank)
+        return float(alpha) / (rank**0.5 if settings.get(f"{part}use_rslora") else rank)
 
     return scale
+
+
+def _json(text: str) -> dict:
+    """A JSON object, or {} for text that is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _sidecar(path: Path) -> dict:
     """The WebUI's own notes beside a LoRA (NAME.json); {} where there are none or they cannot be read."""
     try:
-        notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _json(path.with_suffix(".json").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
         return {}
-    return notes if isinstance(notes, dict) else {}
 
 
 # the width of what cross-attention reads tells the base model

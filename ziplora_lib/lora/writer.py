@@ -78,7 +78,7 @@ def write(path: Path, stacks: Mapping[str, Stack], dtype: str, metadata: Mapping
     metadata = {**metadata, "sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
     part = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}")
     try:
-        data = save(tensors, metadata=dict(sorted(metadata.items())))
+        data = _ordered(save(tensors, metadata=dict(metadata)))
         _write_synced(part, data)
         _compare(part, tensors, body_hash)
         _rename(part, path, overwrite)
@@ -127,6 +127,14 @@ def kohya_tensors(stacks: Mapping[str, Stack], dtype: torch.dtype, dtype_name: s
         # fp32 whatever the rest is: bf16 cannot hold every rank above 256
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     return tensors
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its header in a fixed order: safetensors writes the metadata in another one each time."""
+    body = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:body]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    return len(header).to_bytes(8, "little") + header + data[body:]
 
 
 def _body_sha256(data: bytes) -> str:

@@ -1,0 +1,56 @@
+"""`make try`: the two sample LoRAs, merged on the embedded miniature, with a picture strip to look at."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from ziplora_lib.__main__ import summary
+from ziplora_lib.comparison import ROWS, comparison
+from ziplora_lib.hosts.diffusers import DiffusersHost
+from ziplora_lib.hosts.samples import STYLE_PROMPT, SUBJECT_PROMPT, write_samples
+from ziplora_lib.job import run
+from ziplora_lib.pictures import strip
+from ziplora_lib.recipe import parse
+
+SEEDS = (1, 2, 3, 4)
+
+
+def main(folder: Path) -> None:
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    print("training two sample LoRAs on the miniature, with peft, on two photographs …", flush=True)
+    subject, style = write_samples(folder)
+    host = DiffusersHost("miniature", folder, "cpu")
+    recipe = parse(
+        {
+            "parents": [
+                {"lora": str(subject), "role": "subject", "prompt": SUBJECT_PROMPT},
+                {"lora": str(style), "role": "style", "prompt": STYLE_PROMPT},
+            ],
+            "output": "merged",
+            "resolution": 256,
+            "pictures": 2,
+            "sampler_steps": 12,
+            "guidance": 3.0,
+            "balance_points": 1,
+            "checkpointing": False,
+            "overwrite": True,
+        }
+    )
+    print(f"zipping them: {recipe.steps} steps …", flush=True)
+    result = run(recipe, host)
+    print("drawing the strip …", flush=True)
+    strip(comparison(recipe, Path(result.file), host, SEEDS), ROWS, [f"seed {s}" for s in SEEDS]).save(
+        folder / "strip.png"
+    )
+    report = {**result.public(), "history": result.history, "recipe": json.loads(recipe.json())}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(summary(result))
+    print(f"look at {folder / 'strip.png'} and {folder / 'report.json'}  ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "try"))
