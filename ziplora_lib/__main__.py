@@ -1,4 +1,4 @@
-"""The command line: `python -m ziplora_lib zip …` and `inspect`, without a WebUI.
+"""The command line: `python -m ziplora_lib zip …`, `bake` and `inspect`, without a WebUI.
 
 Exit status: 0 done, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
 """
@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib.lora import writer
+from ziplora_lib.lora.bake import bake
 from ziplora_lib.lora.keys import is_unet
 from ziplora_lib.lora.metadata import trigger_words
-from ziplora_lib.lora.reader import BASES, read
+from ziplora_lib.lora.reader import BASES, Lora, read
+from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse
 
 # recipe fields that are not plain flags of `zip`
@@ -72,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
                 flag, dest=name, type=kind, default=default, choices=field.get("enum"), help=field["description"]
             )
     zip_.set_defaults(run=_zip)
+    baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at two strengths")
+    baked.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
+    baked.add_argument("--balance", type=float, metavar="B", help="-1 more subject … 0 as it is … 1 more style")
+    baked.add_argument("--subject", type=float, metavar="W", help="strength of the subject's half")
+    baked.add_argument("--style", type=float, metavar="W", help="strength of the style's half")
+    baked.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
+    baked.add_argument("--overwrite", action="store_true", help="replace a LoRA of the same name")
+    baked.set_defaults(run=_bake)
     inspect = commands.add_parser("inspect", help="what is in LoRA files")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="as JSON")
@@ -91,16 +102,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         for role in ("subject", "style")
     ]
     fields = {name: getattr(args, name) for name in Recipe.__fields__ if name not in _OWN_FLAGS}
-    if args.out.suffix != ".safetensors":
-        raise BadInput(f"--out {args.out} does not end in .safetensors", remedy="Give the merged LoRA that ending")
     return parse({**fields, "parents": parents, "output": args.out.name.removesuffix(".safetensors")})
 
 
 def _zip(args: argparse.Namespace) -> int:
+    # what can be refused now is, before the model is loaded, which can take minutes
+    _check_out(args.out)
     recipe = _recipe(args)
-    if ".." in args.out.name:
-        raise BadInput(f"--out {args.out}: the name has '..'", remedy="Choose a plain name")
-    for parent in recipe.parents:  # before the model is loaded, which can take minutes
+    writer.check_free(args.out, recipe.overwrite)
+    for parent in recipe.parents:
         read(Path(parent.lora))
     from ziplora_lib.hosts.diffusers import DiffusersHost
     from ziplora_lib.job import run
@@ -133,6 +143,29 @@ def _zip(args: argparse.Namespace) -> int:
     return 130 if result.stopped else 0
 
 
+def _bake(args: argparse.Namespace) -> int:
+    by_strength = args.subject is not None or args.style is not None
+    if by_strength == (args.balance is not None):
+        raise BadInput("give either --balance, or --subject and --style", remedy="For instance --balance -0.2")
+    chosen = (args.subject, args.style) if by_strength else balance.weights(_in_range(args.balance))
+    _check_out(args.out)
+    saved = bake(args.file, args.out, [1.0 if w is None else w for w in chosen], args.overwrite)
+    print(f"saved {args.out}  ({saved['bytes'] / 1e6:.1f} MB)\nprompt with <lora:{args.out.stem}:1>")
+    return 0
+
+
+def _in_range(value: float) -> float:
+    if not -1 <= value <= 1:
+        raise BadInput(f"--balance {value} is not between -1 and 1", remedy="-1 is more subject, 1 is more style")
+    return value
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise BadInput(f"--out {out} does not end in .safetensors", remedy="Give the merged LoRA that ending")
+    writer.check_name(out.name.removesuffix(".safetensors"))
+
+
 def summary(result) -> str:
     """A finished merge in a few lines."""
     lines = [
@@ -160,25 +193,62 @@ def _progress(info: dict) -> str:
 def _inspect(args: argparse.Namespace) -> int:
     views = []
     for path in args.files:
-        lora = read(path)
-        trigger, source = trigger_words(lora)
-        unet = sum(map(is_unet, lora.deltas))
-        kinds = "LoCon" if any(len(d.shape) == 4 and d.shape[2:] != (1, 1) for d in lora.deltas.values()) else "LoRA"
-        views.append({
-            "file": str(path), "kind": kinds, "base": BASES[lora.base], "layers": len(lora.deltas),
-            "unet_layers": unet, "text_encoder_layers": len(lora.deltas) - unet, "ranks": lora.ranks, "dtype": lora.dtype,
-            "norm": lora.norm(), "trigger": trigger, "trigger_from": source, "sha256": lora.hash,
-            "ziplora": {k.removeprefix("ziplora."): v for k, v in lora.metadata.items() if k.startswith("ziplora.")},
-        })  # fmt: skip
+        try:
+            views.append(_view(read(path)) | {"file": str(path)})
+        except BadInput as error:
+            views.append({"file": str(path), "problem": str(error)})
     if args.json:
         print(json.dumps(views, indent=2, ensure_ascii=False))
-        return 0
-    for view in views:
-        print(view.pop("file"))
-        for name, value in view.items():
-            if value not in ("", {}, []):
-                print(f"  {name.replace('_', ' '):20} {value}")
-    return 0
+    else:
+        for view in views:
+            print(view.pop("file"))
+            made = view.pop("ziplora", {})
+            for name, value in {**view, **_made_from(made)}.items():
+                if value not in ("", []):
+                    print(f"  {name.replace('_', ' '):20} {value}")
+    return 2 if any("problem" in view for view in views) else 0
+
+
+def _view(lora: Lora) -> dict:
+    """What `inspect` says of a LoRA."""
+    trigger, source = trigger_words(lora)
+    unet = sum(map(is_unet, lora.deltas))
+    convolves = any(delta.down.ndim == 4 and delta.down.shape[2:].numel() > 1 for delta in lora.deltas.values())
+    recorded = {k.removeprefix("ziplora."): v for k, v in lora.metadata.items() if k.startswith("ziplora.")}
+    return {
+        "kind": "LoCon" if convolves else "LoRA",
+        "base": BASES[lora.base],
+        "layers": len(lora.deltas),
+        "unet_layers": unet,
+        "text_encoder_layers": len(lora.deltas) - unet,
+        "ranks": lora.ranks,
+        "dtype": lora.dtype,
+        "norm": round(lora.norm(), 4),
+        "trigger": trigger,
+        "trigger_from": source,
+        "sha256": lora.hash,
+        "ziplora": {k: _parsed(v) for k, v in recorded.items()},
+    }
+
+
+def _made_from(made: dict) -> dict:
+    """The part of what ZipLoRA recorded that fits a terminal; the rest is in --json."""
+    try:
+        return {
+            "merged_from": " + ".join(str(parent["name"]) for parent in made["parents"]),
+            "method": made["recipe"]["method"],
+            "strengths": made.get("strengths", ""),
+            "mean_coefficients": made["coefficients"].get("mean", ""),
+        }
+    except (KeyError, TypeError, AttributeError):  # not ours, or changed by another tool
+        return {}
+
+
+def _parsed(value: str) -> object:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.job import Job, preflight
+from ziplora_lib.lora.bake import bake
+from ziplora_lib.lora.writer import check_name
+from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse, schema
 
 PREFIX = "/ziplora/v1"
@@ -87,6 +90,18 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
         threading.Thread(target=work, name=f"ziplora-{job.id}", daemon=True).start()
         return {"job": job.id}
 
+    @route("POST", "/bake")
+    def bake_strengths(body: Any = Body(...)):  # noqa: B008
+        try:
+            wanted = bake_request(body)
+            source = host.peek(wanted["lora"]).path
+            destination = host.destination(check_name(wanted["output"]))
+            with host.exclusive("ziplora bake"):
+                saved = bake(source, destination, wanted["weights"], wanted["overwrite"])
+                return {"file": str(destination), "tag": host.publish(destination), **saved}
+        except BadInput as error:
+            return refused(error)
+
     @route("GET", "/jobs/{job}")
     def show(job: str):
         return job_of(job).public()
@@ -96,6 +111,25 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
         found = job_of(job)
         found.stop()
         return found.public()
+
+
+def bake_request(body: Any) -> dict:
+    """{"lora", "output", "balance" | "subject" and "style", "overwrite"} -> the same with "weights". Raises BadInput."""
+    known = {"lora": str, "output": str, "balance": (int, float), "subject": (int, float), "style": (int, float)}
+    example = 'For instance {"lora": "dog-ink", "output": "dog-ink-soft", "balance": -0.2}'
+    if not isinstance(body, dict):
+        raise BadInput("the body is not a JSON object", remedy=example)
+    for field, value in body.items():
+        if not isinstance(value, {**known, "overwrite": bool}.get(field, ())):
+            raise BadInput(f"{field}: no such field, or of another type", remedy=example)
+    if not body.get("lora") or "output" not in body or ("balance" in body) == ("subject" in body and "style" in body):
+        raise BadInput("needs lora, output, and either balance or subject and style", remedy=example)
+    limit = {"balance": 1, "subject": 4, "style": 4}
+    for field in limit.keys() & body.keys():
+        if not abs(body[field]) <= limit[field]:
+            raise BadInput(f"{field}: must be between -{limit[field]} and {limit[field]}", remedy=example)
+    weights = balance.weights(body["balance"]) if "balance" in body else (body["subject"], body["style"])
+    return {**body, "weights": weights, "overwrite": body.get("overwrite", False)}
 
 
 def remember(jobs: dict[str, Job], job: Job) -> None:

@@ -193,6 +193,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         filled = gr.State({})
         task = gr.Textbox(visible=False, elem_id="ziplora_task")
         running = gr.Textbox(visible=False, elem_id="ziplora_job")
+        gr.HTML(_line("Merges two LoRAs for SDXL, what is in the picture and how it looks, into one new LoRA."))
         with gr.Row(elem_id="ziplora_pair", equal_height=False):
             for role in ROLES:
                 with gr.Column(variant="compact", elem_id=f"ziplora_{role}", min_width=260):

@@ -43,9 +43,7 @@ class LowRankDelta:
         """
         if self.shape == shape:
             return self
-        if tuple(d for d in self.shape[2:] if d != 1) == tuple(d for d in shape[2:] if d != 1) and (
-            self.shape[:2] == shape[:2]
-        ):
+        if self.shape[:2] == shape[:2] and all(d == 1 for d in (*self.shape[2:], *shape[2:])):
             return replace(self, down=self.down.reshape(self.rank, *shape[1:]))
         raise BadInput(f"made for a layer of shape {list(self.shape)}, but the model's has {list(shape)}")
 

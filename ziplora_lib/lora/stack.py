@@ -52,7 +52,9 @@ class Stack:
 
     def per_rank(self, values: Tensor) -> Tensor:
         """One value a LoRA, repeated over its ranks. values: (…, P) -> (…, R)."""
-        return values.repeat_interleave(torch.tensor(self.ranks, device=values.device), dim=-1)
+        # not repeat_interleave: it would wait for the GPU in every layer
+        parts = [values[..., i : i + 1].expand(*values.shape[:-1], r) for i, r in enumerate(self.ranks)]
+        return torch.cat(parts, dim=-1)
 
     def folded_down(self, m: Tensor) -> Tensor:
         """`down` with the coefficients m (P, columns) folded in; differentiable in m. -> (R, in…)"""

@@ -38,7 +38,7 @@ def check_name(name: str) -> str:
         raise BadInput("the output has no name", remedy=remedy)
     if name != name.strip() or name.endswith("."):
         raise BadInput(f"output name {name!r} begins or ends with a space, or ends with a dot", remedy=remedy)
-    if found := re.search(r'[/\\:*?"<>|,\x00-\x1f\x7f]', name):
+    if found := re.search(r'[/\\:*?"<>|,\x00-\x1f\x7f\ud800-\udfff]', name):
         raise BadInput(
             f"output name {name!r} has the character {found[0]!r}, which a file name or a prompt tag cannot have",
             remedy=remedy,
@@ -78,7 +78,7 @@ def write(path: Path, stacks: Mapping[str, Stack], dtype: str, metadata: Mapping
     metadata = {**metadata, "sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
     part = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}")
     try:
-        data = _ordered(save(tensors, metadata=dict(metadata)))
+        data = _ordered(save(tensors, metadata={name: _text(value) for name, value in metadata.items()}))
         _write_synced(part, data)
         _compare(part, tensors, body_hash)
         _rename(part, path, overwrite)
@@ -106,7 +106,12 @@ def card(activation_text: str, notes: str, weight: float = 1.0) -> bytes:
         "preferred weight": weight,
         "notes": notes,
     }
-    return (json.dumps(fields, ensure_ascii=False, indent=4) + "\n").encode()
+    return (_text(json.dumps(fields, ensure_ascii=False, indent=4)) + "\n").encode()
+
+
+def _text(value: str) -> str:
+    """Half characters, which JSON can hold and no file can, as question marks."""
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def kohya_tensors(stacks: Mapping[str, Stack], dtype: torch.dtype, dtype_name: str = "") -> dict[str, Tensor]:
@@ -173,6 +178,8 @@ def _rename(part: Path, path: Path, overwrite: bool) -> None:
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
             os.fsync(folder)
+        except OSError:
+            pass  # some network drives cannot; the file is whole and in its place
         finally:
             os.close(folder)
 

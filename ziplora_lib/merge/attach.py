@@ -45,35 +45,39 @@ class Router:
         self.parents = parents
         self.route: Tensor | None = None
         self.coefficients: Mapping[str, Tensor] = {}
+        self._weighted = False
 
     def bare(self) -> None:
         self.route, self.coefficients = None, {}
 
     def alone(self, *parents: int | None) -> None:
         """One LoRA a sample, without coefficients; None for the bare model. One argument serves the whole batch."""
-        rows = [[float(i == parent) for i in range(self.parents)] for parent in parents]
-        self.route, self.coefficients = torch.tensor(rows), {}
+        self._choose([[float(i == parent) for i in range(self.parents)] for parent in parents], {})
 
     def merged(self, coefficients: Mapping[str, Tensor] | None = None, weights: list[float] | None = None) -> None:
         """All LoRAs, with coefficients where given and at the weights given: by default the plain sum."""
-        self.route = torch.tensor([weights or [1.0] * self.parents])
-        self.coefficients = coefficients or {}
+        self._choose([weights or [1.0] * self.parents], coefficients or {})
+
+    def _choose(self, route: list[list[float]], coefficients: Mapping[str, Tensor]) -> None:
+        self.route, self.coefficients = torch.tensor(route), coefficients
+        self._weighted = any(weight != 1 for row in route for weight in row)
 
     def delta(self, key: str, stack: Stack, slot: Slot, x: Tensor) -> Tensor | None:
         """What the routed LoRAs add to this layer's output for input x; None if nothing."""
         if self.route is None:
             return None
         m = self.coefficients.get(key)
-        down = stack.down if m is None else stack.folded_down(m)
-        down, up = down.to(x.dtype), stack.up.to(x.dtype)
-        weights = stack.per_rank(self.route.to(x))
-        if down.ndim == 4:
-            # the module's own convolution, with its stride, padding and padding mode
-            hidden = slot.module._conv_forward(x, down, None)
-            return F.conv2d(hidden * weights[:, :, None, None], up[:, :, None, None])
-        hidden = F.linear(x, down)
-        weights = weights.reshape(-1, *[1] * (hidden.ndim - 2), weights.shape[-1])
-        return F.linear(hidden * weights, up)
+        down = (stack.down if m is None else stack.folded_down(m)).to(x.dtype)
+        # a convolution is the module's own, with its stride, padding and padding mode
+        hidden = slot.module._conv_forward(x, down, None) if down.ndim == 4 else F.linear(x, down)
+        if self._weighted:
+            self.route = self.route.to(x.device)
+            weights = stack.per_rank(self.route).to(hidden.dtype)
+            # (B, R) over the dimensions between, or after, the sample and the rank
+            between, after = (0, 2) if down.ndim == 4 else (hidden.ndim - 2, 0)
+            hidden = hidden * weights.reshape(-1, *[1] * between, weights.shape[-1], *[1] * after)
+        up = stack.up.to(x.dtype)
+        return F.conv2d(hidden, up[:, :, None, None]) if down.ndim == 4 else F.linear(hidden, up)
 
 
 @contextmanager
@@ -144,8 +148,16 @@ def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: M
         y = project("out", y.transpose(1, 2).flatten(-2), attention.out_proj.weight, attention.out_proj.bias)
         return (y if attention.batch_first else y.transpose(0, 1)), None
 
+    found = attention.__dict__.get("forward")  # another extension's, which stays out of it meanwhile
     attention.forward = forward
-    return lambda: attention.__dict__.pop("forward", None)
+
+    def restore() -> None:
+        if found is None:
+            del attention.forward
+        else:
+            attention.forward = found
+
+    return restore
 
 
 def _logit_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:

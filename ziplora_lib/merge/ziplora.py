@@ -40,7 +40,7 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     summed = held_out(torch.ones_like(m))
     best_errors, best, best_step = held_out(m), m.detach().clone(), 0
     history: list[dict] = []
-    scale, stopped, every = LOSS_SCALE, False, max(1, settings.steps // 10)
+    scale, stopped, every = LOSS_SCALE, False, max(1, settings.steps // 5)
     for step, batch in enumerate(_batches(calibration.train, parents, settings), start=1):
         errors, scale = _backward(m, pairing, columns, calibration, batch, objective.error, settings, scale)
         if step == 1 and not m.grad.any():
