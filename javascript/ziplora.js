@@ -2,7 +2,7 @@
 
 function ziplora_watch(task, timeout) {
     const below = gradioApp().getElementById("ziplora_checked");
-    requestProgress(task, below, null, () => localRemove("ziplora_running"), null, timeout);
+    requestProgress(task, below, null, () => {}, null, timeout);
 }
 
 // [task, job, …] -> [task id, job]; without a job, Zip was refused and there is nothing to watch
@@ -15,16 +15,29 @@ function ziplora_submit(_task, job) {
 }
 
 // the job that was running when the page was left
+let ziplora_rejoined = false;
+
 function ziplora_rejoin() {
+    ziplora_rejoined = true;
     const [task, job] = JSON.parse(localGet("ziplora_running"));
     ziplora_watch(task, 0);
     return [job];
 }
 
+// only the server's answer ends a job: a page that is left breaks its progress bar off too
+function ziplora_ended() {
+    if (typeof localRemove === "function") localRemove("ziplora_running");
+    return [];
+}
+
 if (typeof onUiLoaded === "function") {
     onUiLoaded(() => {
-        const button = gradioApp().getElementById("ziplora_resume");
-        if (button && localGet("ziplora_running")) button.click();
+        if (!localGet("ziplora_running")) return;
+        // gradio's buttons are there before they listen, and the progress bar needs the WebUI's options
+        const timer = setInterval(() => {
+            if (ziplora_rejoined) clearInterval(timer);
+            else if ("show_progressbar" in opts) gradioApp().getElementById("ziplora_resume")?.click();
+        }, 500);
     });
 }
 
@@ -33,8 +46,11 @@ async function ziplora_copy(tag) {
     if (navigator.clipboard) {
         await navigator.clipboard.writeText(tag);
     } else { // a page that came over http from another machine
-        gradioApp().querySelector("#ziplora_tag textarea, #ziplora_tag input").select();
+        const text = document.body.appendChild(document.createElement("textarea"));
+        text.value = tag;
+        text.select();
         document.execCommand("copy");
+        text.remove();
     }
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy"), 1500);

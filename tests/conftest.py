@@ -46,25 +46,26 @@ def layers():
 def pair_files(layers, tmp_path_factory):
     """A subject and a style with random factors for the miniature, in kohya's format: different layers, ranks, alphas.
 
-    The subject adapts the attention, the convolutions and both text encoders; the style the attention, feed-forward and
-    time layers.
+    Both adapt the attention and convolutions; the subject also both text encoders and the samplers, the style also the
+    feed-forward and time layers.
     """
     from loras import kohya_name, write_lora
 
+    def chosen(*marks, text=False):
+        return {
+            kohya_name(part, name): shape
+            for (part, name), shape in layers.items()
+            if (text and part != "unet") or (part == "unet" and any(mark in name for mark in marks))
+        }
+
     folder = tmp_path_factory.mktemp("pair")
-    subject = {
-        kohya_name(*layer): shape
-        for layer, shape in layers.items()
-        if layer[0] != "unet" or "attn" in layer[1] or "resnets" in layer[1] or "samplers" in layer[1]
-    }
-    style = {
-        kohya_name(*layer): shape
-        for layer, shape in layers.items()
-        if layer[0] == "unet" and ("attn" in layer[1] or ".ff." in layer[1] or "time_emb" in layer[1])
-    }
+    subject, style = (
+        chosen("attn", "conv1", "shortcut", "samplers", text=True),
+        chosen("attn", "conv1", ".ff.", "time_emb"),
+    )
     return (
-        write_lora(folder / "subject.safetensors", subject, rank=3, alpha=1.5, seed=1, metadata={"ss_v2": "False"}),
-        write_lora(folder / "style.safetensors", style, rank=5, alpha=10.0, seed=2, size=0.15),
+        write_lora(folder / "subject.safetensors", subject, rank=3, alpha=1.5, seed=1, size=0.3),
+        write_lora(folder / "style.safetensors", style, rank=5, alpha=10.0, seed=2, size=0.3),
     )
 
 

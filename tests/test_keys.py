@@ -19,9 +19,7 @@ def sgm_twins(levels=3, resnets=2, transformers=(1, 2), depth=(1, 1, 2)):
         for d in range(depth[level]):
             inner += [f"transformer_blocks.{d}.ff.net.0.proj", f"transformer_blocks.{d}.ff.net.2"]
             for attention in ("attn1", "attn2"):
-                inner += [
-                    f"transformer_blocks.{d}.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")
-                ]
+                inner += [f"transformer_blocks.{d}.{attention}.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
         yield from ((f"{ours}.{p}", f"{theirs}.{p}") for p in inner)
 
     yield "conv_in", "input_blocks.0.0"
@@ -137,6 +135,8 @@ def test_diffusers_own_translation_from_sgm_agrees(layers):
             file[f"{layer_key('unet.' + name)}.{part}.weight"] = torch.zeros(1, 1)
     mapped = conversion._maybe_map_sgm_blocks_to_diffusers(dict(file), build_miniature().unet.config)
     converted, _ = conversion._convert_non_diffusers_lora_to_diffusers(mapped)
-    back = {key.removeprefix("unet.").split(".lora")[0].split("_lora")[0].replace(".processor", "") for key in converted}
+    back = {
+        key.removeprefix("unet.").split(".lora")[0].split("_lora")[0].replace(".processor", "") for key in converted
+    }
     back = {name + ".0" if name.endswith("to_out") else name for name in back}
     assert back == names

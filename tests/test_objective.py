@@ -74,7 +74,9 @@ def test_errors_are_of_each_sample_and_in_full_precision():
         value = error(half, target, torch.ones_like(half))
         assert value.shape == (2,)
         assert value.dtype == torch.float32
-    torch.testing.assert_close(l2_error(half, target, target), torch.full((2,), 0.01 * math.sqrt(1e5)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        l2_error(half, target, target), torch.full((2,), 0.01 * math.sqrt(1e5)), rtol=1e-3, atol=0
+    )
 
 
 def test_overlap_by_hand():

@@ -10,7 +10,9 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.writer import check_name
 
 
-@pytest.mark.parametrize("name", ["dog-watercolour", "dog watercolour v2", "犬の水彩", "a", "x.v1", "dog (1)", "x" * 200])
+@pytest.mark.parametrize(
+    "name", ["dog-watercolour", "dog watercolour v2", "犬の水彩", "a", "x.v1", "dog (1)", "x" * 200]
+)
 def test_plain_names(name):
     assert check_name(name) == name
 

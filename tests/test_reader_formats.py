@@ -11,7 +11,7 @@ from ziplora_lib.lora.reader import read
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # every Linear and Conv2d, by the ends of their names
-ALL = r"(.*\.)?(to_[qkv]|to_out\.0|time_emb_proj|proj|proj_in|proj_out|net\.2|conv|conv[12]|conv_shortcut|conv_in|conv_out|linear_.)"
+ALL = r"(.*\.)?(to_[qkv]|to_out\.0|time_emb_proj|proj|proj_in|proj_out|net\.2|conv|conv[12]|conv_(shortcut|in|out)|linear_.)"
 TEXT = r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2|text_projection)"
 
 
@@ -44,9 +44,8 @@ def assert_read_as(path, wanted):
     assert lora.deltas.keys() == wanted.keys()
     for key, delta in wanted.items():
         assert lora.deltas[key].shape[:2] == delta.shape[:2]
-        torch.testing.assert_close(
-            lora.deltas[key].dense().reshape(delta.shape), delta.float(), rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}"
-        )
+        given = lora.deltas[key].dense().reshape(delta.shape)
+        torch.testing.assert_close(given, delta.float(), rtol=1e-5, atol=1e-6, msg=f"{key} differs")
     return lora
 
 
@@ -74,7 +73,9 @@ def test_peft_state_dict_of_a_unet(host, tmp_path, prefix):
     state = state_dicts(host.pipe)["unet"]
     if not prefix:  # only layers inside a block can be told without a prefix
         state = {name: value for name, value in state.items() if "_block" in name.split(".")[0]}
-        wanted = {key: delta for key, delta in wanted.items() if "block" in key and not key.endswith("input_blocks_0_0")}
+        wanted = {
+            key: delta for key, delta in wanted.items() if "block" in key and not key.endswith("input_blocks_0_0")
+        }
     save_file({prefix + name: value.contiguous() for name, value in state.items()}, tmp_path / "peft.safetensors")
     assert_read_as(tmp_path / "peft.safetensors", wanted)
 

@@ -110,20 +110,27 @@ def _zip(args: argparse.Namespace) -> int:
     _check_out(args.out)
     recipe = _recipe(args)
     writer.check_free(args.out, recipe.overwrite)
+    if args.report and not args.report.parent.is_dir():
+        raise BadInput(
+            f"the folder {args.report.parent} of --report does not exist", remedy="Create it, or choose another"
+        )
     for parent in recipe.parents:
         read(Path(parent.lora))
     from ziplora_lib.hosts.diffusers import DiffusersHost
     from ziplora_lib.job import run
 
     host = DiffusersHost(args.model, args.out.parent, args.device)
-    interrupted = False
+    interrupted = shown = False
 
     def interrupt(*_) -> None:
         nonlocal interrupted
         interrupted = True
 
     def show(info: dict) -> bool:
-        print(_progress(info), end="", file=sys.stderr, flush=True)
+        nonlocal shown
+        if info["phase"] != "preflight":  # which is over at once, or ends in a line of its own
+            print(_progress(info), end="", file=sys.stderr, flush=True)
+            shown = True
         return interrupted
 
     before = signal.signal(signal.SIGINT, interrupt)
@@ -131,7 +138,8 @@ def _zip(args: argparse.Namespace) -> int:
         result = run(recipe, host, show)
     finally:
         signal.signal(signal.SIGINT, before)
-        print(file=sys.stderr)
+        if shown:
+            print(file=sys.stderr)
     if args.report:
         args.report.write_text(json.dumps({**result.public(), "history": result.history}, indent=2) + "\n")
     if result.pictures:

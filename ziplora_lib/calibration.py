@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ziplora_lib.errors import BadInput, Stopped
@@ -50,7 +50,7 @@ def references(parent_reference: Sequence[str], resolution: int) -> list[Image.I
         try:
             with Image.open(file) as picture:
                 square = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (resolution, resolution))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # Pillow's readers raise a dozen kinds, all of which mean this
             raise BadInput("is not a readable picture", file=str(file), remedy="Remove it or save it again") from error
         pictures.append(square)
     return pictures

@@ -15,6 +15,13 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.merge.objective import OBJECTIVES
 
 
+def _whole_characters(text: str) -> str:
+    """JSON can hold half a character; no file and no tokenizer can."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("has a broken character (a lone surrogate)")
+    return text
+
+
 class Parent(BaseModel, extra=Extra.forbid):
     """One LoRA that goes into the merge."""
 
@@ -27,6 +34,8 @@ class Parent(BaseModel, extra=Extra.forbid):
         max_items=64,
         description="its training pictures (files or a folder), instead of pictures that the LoRA makes itself",
     )
+
+    _prompt_is_text = validator("prompt", allow_reuse=True)(_whole_characters)
 
 
 class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
@@ -78,6 +87,8 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         description="pictures along the balance subject … style after the merge; 1 makes the preview only",
     )
     preview_prompt: str = Field("", max_length=2000, description="prompt of the preview; both parents' if empty")
+
+    _preview_prompt_is_text = validator("preview_prompt", allow_reuse=True)(_whole_characters)
 
     @validator("parents")
     def _one_of_each(cls, parents: list[Parent]) -> list[Parent]:  # noqa: N805

@@ -300,12 +300,12 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         exchange.click(swap, both, both, **quiet).then(check, inputs, checked, **quiet)
 
         state = [running, zip_button, stop_button]
-        released = [release, None, [*state, stopping]]
+        released = {"fn": release, "inputs": None, "outputs": [*state, stopping], "_js": "ziplora_ended", **quiet}
         prepared = zip_button.click(prepare, inputs, [*state, checked, *shown[2:]], **quiet)
-        prepared.then(run, [task, running], shown, _js="ziplora_submit", **quiet).then(*released, **quiet)
+        prepared.then(run, [task, running], shown, _js="ziplora_submit", **quiet).then(**released)
         stop_button.click(stop, running, [stop_button, stopping], queue=False, **quiet)
         rejoined = resume.click(rejoin, running, state, _js="ziplora_rejoin", **quiet)
-        rejoined.then(wait, running, shown, **quiet).then(*released, **quiet)
+        rejoined.then(wait, running, shown, **quiet).then(**released)
         copy.click(None, tag, None, _js="ziplora_copy")
         send.click(None, tag, None, _js="ziplora_send")
     return blocks

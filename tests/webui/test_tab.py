@@ -78,7 +78,7 @@ class Tab:
                 box.fill(str(value))
                 box.blur()
             else:
-                self.page.locator(f"#ziplora_{field} label", has_text=re.compile(f"^{value}$")).click()
+                self.page.locator(f"#ziplora_{field} input[value='{value}']").check()
 
     def pair(self, output: str, **fields) -> None:
         """Both LoRAs picked, with these settings; ready for Zip."""
@@ -134,8 +134,9 @@ def loras(webui):
 
 
 @pytest.fixture
-def tab(page, loras):
+def tab(page, webui, loras):
     yield Tab(page)
+    webui.post("/sdapi/v1/interrupt")  # of a test that failed
     assert page.problems == []
 
 

@@ -29,9 +29,7 @@ class DiffusersHost:
         """model: miniature, a pipeline's folder, a single .safetensors checkpoint, or a hub id. Raises BadInput."""
         self.folder = Path(folder)
         self.name = model
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.pipe = load(model, torch.float32 if self.device.type == "cpu" else torch.float16).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         # training's noise schedule, whatever the sampler makes of it
@@ -137,6 +135,17 @@ class DiffusersHost:
 
     def publish(self, path: Path) -> str:
         return f"<lora:{path.stem}:1>"
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, "auto" for the best there is. Raises BadInput for one that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the device {name} cannot be used ({reason})", remedy="Give cpu, cuda, mps or auto") from error
 
 
 def load(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:

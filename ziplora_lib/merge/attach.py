@@ -126,7 +126,7 @@ def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: M
     """Self-attention with deltas on its fused projections: nn.MultiheadAttention offers no hook between them."""
 
     def project(head: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if head not in layers:
             return y
         key, stack, slot = layers[head]

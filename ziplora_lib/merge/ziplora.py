@@ -169,9 +169,11 @@ def _finished(pairing, columns, m, step, errors, summed, history, stopped) -> Me
     warnings = []
     if not torch.isfinite(m).all():
         raise MergeFailed("The coefficients are not finite. Lower the learning rate.")
+    remedy = "Lower lam, or use the default objective"
     if retained < COLLAPSED or float(m.abs().mean(1).min()) < SWITCHED_OFF:
-        warnings.append(
-            f"the run collapsed: only {retained:.0%} of the plain sum's strength is left. Lower lam, or use the "
-            "default objective"
-        )
+        warnings.append(f"the run collapsed: only {retained:.0%} of the plain sum's strength is left. {remedy}")
+    elif history[-1]["retained"] < COLLAPSED or min(history[-1]["mean_m"]) < SWITCHED_OFF:
+        warnings.append(f"the run collapsed after step {step}, whose coefficients were kept. {remedy}")
+    if step == 0:
+        warnings.append("nothing was learned: no step was better than the coefficients at the start. Lower lr or lam")
     return Merged(stacks, coefficients, summary, history, stopped, warnings)

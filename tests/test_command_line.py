@@ -1,0 +1,252 @@
+"""The command line: exit status, what it prints, what it writes and what it leaves alone."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loras import write_lora
+
+from ziplora_lib.lora.reader import read
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--steps", "3", "--resolution", "64", "--pictures", "1", "--samples", "4", "--sampler-steps", "2",
+         "--balance-points", "1", "--at-once", "8", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def cli(capsys):
+    """cli(*arguments) -> (status, stdout, stderr), in this process."""
+    pytest.importorskip("diffusers")
+    from ziplora_lib.__main__ import main
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = ended.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def zipping(pair_files, tmp_path):
+    """zipping(*more, **changed): the arguments of a small `zip`."""
+
+    def arguments(*more, subject=pair_files[0], style=pair_files[1], out=tmp_path / "merged.safetensors"):
+        return ["zip", "--subject", subject, "--style", style, "--subject-prompt", "a photo of sks cat",
+                "--style-prompt", "a house in szn style", "--out", out, *SMALL, *more]  # fmt: skip
+
+    return arguments
+
+
+def start(arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "ziplora_lib", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd="/")
+
+
+def test_the_same_command_twice_gives_the_same_bytes(zipping, tmp_path):
+    files = []
+    for i, seed in enumerate(("1", "2")):
+        (tmp_path / str(i)).mkdir()
+        out = tmp_path / str(i) / "merged.safetensors"
+        process = start(zipping(out=out), PYTHONHASHSEED=seed)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+    assert (tmp_path / "0/merged.png").read_bytes() == (tmp_path / "1/merged.png").read_bytes()
+
+
+def test_the_seed_decides(cli, zipping, tmp_path):
+    saved = []
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.safetensors"
+        assert cli(*zipping("--seed", seed, out=out))[0] == 0
+        saved.append(read(out).hash)
+    assert saved[0] != saved[1]
+
+
+def test_zip_prints_what_it_did_and_writes_the_report(cli, zipping, tmp_path):
+    report = tmp_path / "report.json"
+    status, out, _ = cli(*zipping("--report", report, "--dtype", "bf16"))
+    assert status == 0
+    assert str(tmp_path / "merged.safetensors") in out
+    assert "<lora:merged:1>" in out
+    assert re.search(r"subject: error against this LoRA alone [\d.]+ \(plain sum [\d.]+\); mean coefficient", out)
+    assert "warning: " in out
+    told = json.loads(report.read_text())
+    assert told["saved"]["sha256"] == read(tmp_path / "merged.safetensors").hash
+    assert [h["step"] for h in told["history"]] == [1, 2, 3]
+    assert told["learned"]["error"]
+    for warning in told["warnings"]:
+        assert warning in out
+    assert read(tmp_path / "merged.safetensors").dtype == "bfloat16"
+    assert {"merged.safetensors", "merged.json", "merged.png"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def refused(cli, tmp_path, arguments, word):
+    """Exit status 2, one line on stderr that has the word, nothing written."""
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    status, out, err = cli(*arguments)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert status == 2, (out, err)
+    assert len(lines) == 1, err
+    assert lines[0].startswith("ziplora: ")
+    assert word in lines[0]
+    assert out == ""
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
+
+
+def test_bad_files_are_refused_in_one_line(cli, zipping, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a LoRA")
+    refused(cli, tmp_path, zipping(subject=tmp_path / "no.safetensors"), "no.safetensors")
+    refused(cli, tmp_path, zipping(subject=text), "text.safetensors")
+    refused(cli, tmp_path, zipping(style=text), "text.safetensors")
+    refused(cli, tmp_path, zipping(style=tmp_path / "x.pt"), "never opened")
+    sd1 = write_lora(
+        tmp_path / "sd1.safetensors", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (64, 768)}
+    )
+    refused(cli, tmp_path, zipping(style=sd1), "SD 1.5")
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--steps", "0"], "steps"),
+        (["--lr", "nan"], "lr"),
+        (["--resolution", "100"], "resolution"),
+        (["--subject-strength", "0"], "strength"),
+        (["--subject-prompt", ""], "prompt"),
+        (["--reference-style", "/nowhere.png"], "nowhere.png"),
+        (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--device", "tpu9"], "tpu9"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--report", "/nowhere/report.json"], "/nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_bad_settings_are_refused_in_one_line(cli, zipping, tmp_path, more, word):
+    refused(cli, tmp_path, zipping(*more), word)
+
+
+@pytest.mark.parametrize(
+    "out", ["merged", "merged.ckpt", "a..b.safetensors", "con.safetensors", "a,b.safetensors", "no/such/x.safetensors"]
+)
+def test_bad_outputs_are_refused_in_one_line(cli, zipping, tmp_path, out):
+    refused(cli, tmp_path, zipping(out=tmp_path / out), "")
+
+
+def test_a_taken_name_is_refused_and_overwrite_replaces(cli, zipping, tmp_path):
+    out = tmp_path / "merged.safetensors"
+    out.write_bytes(b"precious")
+    refused(cli, tmp_path, zipping(), "already there")
+    assert cli(*zipping("--overwrite"))[0] == 0
+    assert len(read(out).deltas) > 20
+
+
+def test_the_same_lora_twice_is_refused_unless_allowed(cli, zipping, tmp_path, pair_files):
+    refused(cli, tmp_path, zipping(style=pair_files[0]), "same LoRA")
+    assert cli(*zipping("--allow-same", "--method", "direct", style=pair_files[0]))[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"]], ids=str)
+def test_wrong_usage_is_status_2(cli, arguments):
+    status, out, err = cli(*arguments)
+    assert status == 2
+    assert "usage" in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"]], ids=str)
+def test_help(cli, command):
+    status, out, _ = cli(*command, "--help")
+    assert status == 0
+    assert "usage" in out
+
+
+def test_every_field_of_the_recipe_has_a_flag_with_its_default(pair_files):
+    from ziplora_lib.__main__ import _parser, _recipe
+    from ziplora_lib.recipe import Recipe, parse
+
+    arguments = ["zip", "--subject", "a", "--style", "b", "--out", "x.safetensors"]
+    plain = parse({"parents": [{"lora": "a", "role": "subject"}, {"lora": "b", "role": "style"}], "output": "x"})
+    assert _recipe(_parser().parse_args(arguments)) == plain
+    other = {"method": "direct", "objective": "paper", "steps": 7, "lr": 0.5, "lam": 2.0, "start": 0.25, "seed": 3,
+             "resolution": 512, "dtype": "bf16", "overwrite": True, "allow_same": True, "pictures": 2, "samples": 8,
+             "empty_share": 0.5, "sampler_steps": 3, "guidance": 2.0, "batch": 2, "at_once": 2, "checkpointing": False,
+             "balance_points": 3, "preview_prompt": "x"}  # fmt: skip
+    assert other.keys() == Recipe.__fields__.keys() - {"parents", "output"}
+    for field, value in other.items():
+        flag = "--" + field.replace("_", "-")
+        more = [flag, str(value)] if not isinstance(value, bool) else [flag if value else flag.replace("--", "--no-")]
+        changed = _recipe(_parser().parse_args([*arguments, *more]))
+        assert getattr(changed, field) == value
+
+
+def test_inspect(cli, zipping, tmp_path, pair_files):
+    assert cli(*zipping())[0] == 0
+    merged = tmp_path / "merged.safetensors"
+    status, out, err = cli("inspect", "--json", pair_files[0], merged)
+    assert (status, err) == (0, "")
+    subject, both = json.loads(out)
+    assert subject["file"] == str(pair_files[0])
+    assert (subject["kind"], subject["base"], subject["ranks"]) == ("LoCon", "SDXL", [3])
+    assert (
+        subject["layers"] == subject["unet_layers"] + subject["text_encoder_layers"] == len(read(pair_files[0]).deltas)
+    )
+    assert both["ranks"] == [3, 5, 8]
+    assert both["sha256"] == read(merged).hash
+    assert {"recipe", "parents", "ranks", "coefficients", "version"} <= both["ziplora"].keys()
+    status, out, _ = cli("inspect", pair_files[0], merged)
+    assert status == 0
+    assert str(merged) in out
+    assert "LoCon" in out
+    assert "subject + style" in out
+
+
+def test_inspect_of_a_bad_file_is_status_2_and_names_it(cli, tmp_path, pair_files):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"")
+    for more in ([], ["--json"]):
+        status, out, err = cli("inspect", *more, bad, pair_files[0])
+        assert status == 2
+        assert "bad.safetensors" in out + err
+        assert "Traceback" not in out + err
+
+
+def interrupted(arguments, phase):
+    """Ctrl-C as soon as that phase is shown: (status, stdout, stderr)."""
+    process = start(arguments)
+    seen = ""
+    while phase not in seen:
+        letter = process.stderr.read(1)
+        assert letter, f"ended with {process.wait()} before {phase}: {seen}"
+        seen += letter
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    return process.returncode, out, seen + err
+
+
+def test_an_interrupt_in_the_merge_keeps_the_best(zipping, tmp_path):
+    status, out, err = interrupted(zipping("--steps", "1000"), "merge 2/1000")
+    assert status == 130, err
+    assert "Traceback" not in err
+    assert re.search(r"stopped at step \d+ of 1000; the best coefficients so far", out)
+    assert len(read(tmp_path / "merged.safetensors").deltas) > 20
+
+
+def test_an_interrupt_in_the_calibration_saves_nothing(zipping, tmp_path):
+    status, _, err = interrupted(zipping("--samples", "1000"), "calibrate 2/")
+    assert status == 130, err
+    assert "Traceback" not in err
+    assert "nothing was saved" in err
+    assert [f for f in tmp_path.iterdir() if f.is_file()] == []

@@ -1,0 +1,82 @@
+"""Imports run downwards only, and the core needs nothing that the WebUI does not have."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ziplora_lib
+
+PACKAGE = Path(ziplora_lib.__file__).parent
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")
+)
+CORE = [name for name in MODULES if name.startswith(("lora.", "merge.")) or name in ("errors", "recipe")]
+
+
+def imports(name):
+    """Every module that a module's code imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def inside(found, *parts):
+    return {name for name in found for part in parts if name == part or name.startswith(f"{part}.")}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_knows_no_face_no_host_and_no_framework(name):
+    strangers = (
+        "gradio",
+        "fastapi",
+        "modules",
+        "diffusers",
+        "transformers",
+        "peft",
+        "networks",
+        "sgm",
+        "ldm",
+        "lycoris",
+    )
+    faces = [f"ziplora_lib.{part}" for part in ("tab", "api", "job", "hosts", "__main__", "calibration", "charts")]
+    assert inside(imports(name), *strangers, *faces) == set()
+    if name.startswith("lora."):
+        assert inside(imports(name), "ziplora_lib.merge") == set()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.startswith("hosts.") or name in ("job", "calibration")]
+)
+def test_jobs_and_hosts_know_no_face(name):
+    assert inside(imports(name), "gradio", *(f"ziplora_lib.{face}" for face in ("tab", "api", "__main__"))) == set()
+
+
+@pytest.mark.parametrize("name", ["job", "calibration"])
+def test_a_job_knows_no_particular_host(name):
+    assert (
+        inside(imports(name), "ziplora_lib.hosts.webui", "ziplora_lib.hosts.diffusers", "diffusers", "modules") == set()
+    )
+
+
+def test_the_core_loads_with_torch_safetensors_and_pydantic_alone():
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"diffusers", "transformers", "peft", "gradio", "fastapi", "modules", "PIL", "lycoris"}}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import importlib
+for name in {CORE!r}:
+    importlib.import_module("ziplora_lib." + name.removesuffix(".__init__"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,79 @@
+"""What a merged file says of itself, and what is understood of what other files say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ziplora_lib import __version__
+from ziplora_lib.lora.metadata import merged_metadata, tag_frequency, trigger_words
+from ziplora_lib.lora.reader import Lora
+
+
+def lora(name="dog", metadata=None, sidecar=None):
+    return Lora(name, Path(f"/home/me/{name}.safetensors"), {}, metadata or {}, sidecar or {}, hash=f"hash of {name}")
+
+
+TAGS = {"10_dog": {"sks dog": 10, "grass": 3}, "5_other": {" sks dog": 4, "tree": 12}}
+
+
+def test_trigger_words_in_order_of_trust():
+    said = {"ss_tag_frequency": json.dumps(TAGS), "modelspec.trigger_phrase": "phrase"}
+    assert trigger_words(lora(metadata=said, sidecar={"activation text": " card "}))[0] == "card"
+    assert trigger_words(lora(metadata=said, sidecar={"activation text": ""}))[0] == "phrase"
+    assert trigger_words(lora(metadata={"ss_tag_frequency": json.dumps(TAGS)}))[0] == "sks dog"
+    assert trigger_words(lora()) == ("", "")
+
+
+@pytest.mark.parametrize("tags", ["", "{", "[]", "3", "null", '{"a": 3}', '{"a": {"b": "many"}}', '{"a": {"b": null}}'])
+def test_unreadable_tags_count_as_none(tags):
+    assert tag_frequency(lora(metadata={"ss_tag_frequency": tags})) == {}
+    assert trigger_words(lora(metadata={"ss_tag_frequency": tags})) == ("", "")
+
+
+@pytest.mark.parametrize("card", [{"activation text": None}, {"activation text": 3}, {"activation text": ["a"]}])
+def test_odd_cards_do_not_fail(card):
+    trigger_words(lora(sidecar=card))
+
+
+def test_a_merged_file_says_what_others_need():
+    parents = [
+        lora("dog", {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": json.dumps(TAGS)}),
+        lora("ink", {"ss_sd_model_name": "sd_xl_base.safetensors", "modelspec.trigger_phrase": "szn style"}),
+    ]
+    ranks = {"a": (8, 4), "b": (8, 4), "c": (0, 4)}
+    recipe = {"resolution": 512, "seed": 0}
+    meta = merged_metadata("dog-ink", parents, ranks, recipe, {"mean": [0.5, 0.6]}, "epsilon")
+    assert all(isinstance(value, str) for value in meta.values())
+    assert meta["ss_output_name"] == meta["modelspec.title"] == "dog-ink"
+    assert meta["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert meta["ss_network_module"] == "networks.lora"
+    assert (meta["ss_network_dim"], meta["ss_network_alpha"]) == ("12", "12.0")
+    assert meta["ss_sd_model_name"] == "sd_xl_base.safetensors"
+    assert meta["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert meta["modelspec.prediction_type"] == "epsilon"
+    assert meta["modelspec.resolution"] == "512x512"
+    assert meta["modelspec.merged_from"] == "dog, ink"
+    assert meta["modelspec.trigger_phrase"] == "sks dog, szn style"
+    assert json.loads(meta["ss_tag_frequency"]) == {f"dog: {folder}": tags for folder, tags in {
+        "10_dog": {"sks dog": 10, "grass": 3}, "5_other": {" sks dog": 4, "tree": 12}}.items()}  # fmt: skip
+    assert meta["ziplora.version"] == __version__
+    assert json.loads(meta["ziplora.recipe"]) == recipe
+    assert json.loads(meta["ziplora.parents"]) == [
+        {"name": "dog", "sha256": "hash of dog"}, {"name": "ink", "sha256": "hash of ink"}
+    ]  # fmt: skip
+    assert json.loads(meta["ziplora.ranks"]) == {"*": [8, 4], "c": [0, 4]}
+    assert json.loads(meta["ziplora.coefficients"]) == {"mean": [0.5, 0.6]}
+    assert "/home" not in json.dumps(meta)
+
+
+def test_the_merged_file_of_silent_parents():
+    meta = merged_metadata("x", [lora("a"), lora("b")], {"k": (1, 1)}, {}, {}, "v")
+    assert meta["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert "modelspec.trigger_phrase" not in meta
+
+
+def test_shared_trigger_words_are_named_once():
+    said = {"modelspec.trigger_phrase": "sks"}
+    meta = merged_metadata("x", [lora("a", said), lora("b", said)], {"k": (1, 1)}, {}, {}, "epsilon")
+    assert meta["modelspec.trigger_phrase"] == "sks"
