@@ -315,9 +315,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                if tensor.numel() > self.numel:
-                    self.numel, self.operation = tensor.numel(), func
+            new = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known
+            if new and tensor.numel() > self.numel:
+                self.numel, self.operation = tensor.numel(), func
         return result
 
 

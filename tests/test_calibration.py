@@ -1,5 +1,7 @@
 """Calibration samples: the targets are each LoRA's own predictions, and everything random comes from the seed."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -156,8 +158,6 @@ def test_every_damaged_picture_is_refused_or_read(tmp_path):
                 for _ in range(4):
                     content[chance.integers(0, min(len(whole), 300))] = chance.integers(0, 255)
             path.write_bytes(content)
-            try:
+            with contextlib.suppress(BadInput):
                 references([str(path)], 64)
-            except BadInput:
-                pass
         path.unlink()

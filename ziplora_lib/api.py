@@ -12,15 +12,11 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, preflight
-from ziplora_lib.lora.bake import bake
-from ziplora_lib.lora.writer import check_name
+from ziplora_lib.job import Job, bake_balance, preflight, remember
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse, schema
 
 PREFIX = "/ziplora/v1"
-# finished jobs that can still be asked about
-KEPT_JOBS = 100
 
 
 def credentials(api_auth: str | None) -> dict[str, str] | None:
@@ -94,11 +90,7 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
     def bake_strengths(body: Any = Body(...)):  # noqa: B008
         try:
             wanted = bake_request(body)
-            source = host.peek(wanted["lora"]).path
-            destination = host.destination(check_name(wanted["output"]))
-            with host.exclusive("ziplora bake"):
-                saved = bake(source, destination, wanted["weights"], wanted["overwrite"])
-                return {"file": str(destination), "tag": host.publish(destination), **saved}
+            return bake_balance(host, wanted["lora"], wanted["output"], wanted["weights"], wanted["overwrite"])
         except BadInput as error:
             return refused(error)
 
@@ -130,11 +122,3 @@ def bake_request(body: Any) -> dict:
             raise BadInput(f"{field}: must be between -{limit[field]} and {limit[field]}", remedy=example)
     weights = balance.weights(body["balance"]) if "balance" in body else (body["subject"], body["style"])
     return {**body, "weights": weights, "overwrite": body.get("overwrite", False)}
-
-
-def remember(jobs: dict[str, Job], job: Job) -> None:
-    """Adds a job; the oldest ended ones are forgotten."""
-    jobs[job.id] = job
-    ended = [key for key, j in jobs.items() if j.state not in ("queued", "running")]
-    for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
-        del jobs[key]

@@ -21,6 +21,7 @@ from ziplora_lib import calibration
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import writer
+from ziplora_lib.lora.bake import bake
 from ziplora_lib.lora.metadata import merged_metadata, trigger_words
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
@@ -207,6 +208,17 @@ def _pictures(
     return sorted(pictures, key=lambda p: p[0])
 
 
+def bake_balance(host: Host, name: str, output: str, weights: Sequence[float], overwrite: bool = False) -> dict:
+    """Saves a merged LoRA at other strengths under another name and publishes it; returns file, tag and the writer's facts.
+
+    Raises BadInput for a LoRA that ZipLoRA did not make, and for a name that cannot be used.
+    """
+    destination = host.destination(writer.check_name(output))
+    with host.exclusive("ziplora bake"):
+        saved = bake(host.peek(name).path, destination, weights, overwrite)
+        return {"file": str(destination), "tag": host.publish(destination), **saved}
+
+
 class Job:
     """One run with a state: queued, running, done, stopped or failed. Safe to look at from another thread."""
 
@@ -265,3 +277,15 @@ class Job:
         if self.error is not None:
             view["error"] = self.error
         return view
+
+
+# ended jobs that can still be asked about
+KEPT_JOBS = 100
+
+
+def remember(jobs: dict[str, Job], job: Job) -> None:
+    """Adds a job; the oldest ended ones are forgotten."""
+    jobs[job.id] = job
+    ended = [key for key, j in jobs.items() if j.state not in ("queued", "running")]
+    for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
+        del jobs[key]

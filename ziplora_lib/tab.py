@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from ziplora_lib.api import remember
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, preflight
+from ziplora_lib.job import Job, bake_balance, preflight, remember
 from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import parse, schema
@@ -162,6 +161,19 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         gallery = gr.update(value=pictures, columns=max(1, len(pictures)), visible=bool(pictures))
         return [*pickers_now, gr.update(visible=True), job.result.tag, gallery, _result(job)]
 
+    def choose(pictures, chosen: gr.SelectData):
+        return balance.points(len(pictures))[chosen.index]
+
+    def save_balance(current: str, value: float, output: str):
+        name = current.removeprefix("<lora:").rpartition(":")[0]
+        side = "subject" if value < 0 else "style"
+        output = output.strip() or f"{name}-{side}{abs(value):.0%}".replace("%", "")
+        try:
+            done = bake_balance(host, name, output, balance.weights(value))
+        except BadInput as error:
+            return *[gr.update() for _ in pickers], _error(str(error))
+        return *listed(), _line(f"Saved: {done['tag']} ({_size(done['bytes'])})")
+
     def stop(job_id: str):
         job = jobs.get(job_id)
         if job is None or job.state not in ("queued", "running"):
@@ -253,27 +265,51 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         checked = gr.HTML(elem_id="ziplora_checked")
         stopping = gr.HTML(elem_id="ziplora_stopping")
         with gr.Column(elem_id="ziplora_result"):
-            with gr.Row(visible=False, elem_id="ziplora_tag_row") as tag_row:
-                tag = gr.Textbox(label="In a prompt", max_lines=1, interactive=False, elem_id="ziplora_tag", scale=3)
-                copy = gr.Button("Copy", elem_id="ziplora_copy", min_width=80, scale=1)
-                send = gr.Button("Send to txt2img", elem_id="ziplora_send", min_width=140, scale=1)
             gallery = gr.Gallery(
-                label="The balance: one seed, from more of the subject to more of the style",
+                label="The balance: one seed, from more of the subject to more of the style. Click the one you like",
                 visible=False,
                 object_fit="contain",
                 show_share_button=False,
                 elem_id="ziplora_gallery",
             )
+            with gr.Column(visible=False, elem_id="ziplora_tag_row") as tag_row:
+                with gr.Row():
+                    point = gr.Slider(
+                        -1,
+                        1,
+                        0,
+                        step=0.05,
+                        label="Balance",
+                        info="-1: more subject, 0: as learned, 1: more style",
+                        elem_id="ziplora_balance",
+                        scale=2,
+                    )
+                    baked_name = gr.Textbox(
+                        label="Save this balance as",
+                        info="Another LoRA beside the first, in a second",
+                        placeholder="named after the balance",
+                        max_lines=1,
+                        elem_id="ziplora_baked_name",
+                        scale=2,
+                    )
+                    bake_button = gr.Button("Save balance", elem_id="ziplora_bake", min_width=120, scale=1)
+                baked = gr.HTML(elem_id="ziplora_baked")
+                with gr.Row():
+                    tag = gr.Textbox(
+                        label="In a prompt", max_lines=1, interactive=False, elem_id="ziplora_tag", scale=3
+                    )
+                    copy = gr.Button("Copy", elem_id="ziplora_copy", min_width=80, scale=1)
+                    send = gr.Button("Send to txt2img", elem_id="ziplora_send", min_width=140, scale=1)
             summary = gr.HTML(elem_id="ziplora_summary")
         resume = gr.Button("Resume", elem_id="ziplora_resume")
 
         for role in ROLES:
             fields[f"{role}_lora"], fields[f"{role}_prompt"] = pickers[role], prompts[role]
             fields[f"{role}_strength"], fields[f"{role}_reference"] = strengths[role], files[role]
-        own = {*pickers.values(), *prompts.values(), *strengths.values(), tag}
+        own = {*pickers.values(), *prompts.values(), *strengths.values(), tag, point, baked_name}
         for component in {*fields.values(), *own, *refreshes.values()}:
             component.do_not_save_to_config = component not in {fields[name] for name in KEPT}
-        for button in (exchange, check_button, stop_button, zip_button, copy, send, resume):
+        for button in (exchange, check_button, stop_button, zip_button, bake_button, copy, send, resume):
             button.do_not_save_to_config = True
 
         # --- what happens ---------------------------------------------------------------------------------
@@ -306,6 +342,9 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         stop_button.click(stop, running, [stop_button, stopping], queue=False, **quiet)
         rejoined = resume.click(rejoin, running, state, _js="ziplora_rejoin", **quiet)
         rejoined.then(wait, running, shown, **quiet).then(**released)
+        zip_button.click(lambda: (0, "", ""), None, [point, baked_name, baked], **quiet)
+        gallery.select(choose, gallery, point, **quiet)
+        bake_button.click(save_balance, [tag, point, baked_name], [*pickers.values(), baked])
         copy.click(None, tag, None, _js="ziplora_copy")
         send.click(None, tag, None, _js="ziplora_send")
     return blocks

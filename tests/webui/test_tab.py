@@ -351,6 +351,42 @@ def test_copy_and_send(tab, page, loras):
         assert prompt.input_value() == "a fox <lora:tab-sent:1>"
 
 
+def test_a_balance_of_the_strip_is_saved(tab, webui, loras):
+    """Click the picture, save: the new LoRA makes the picture that was clicked."""
+    tab.pair("tab-strip", **{**TINY, "steps": 3, "balance_points": 3})
+    tab.zip()
+    tab.ended()
+    tab.page.locator("#ziplora_gallery .thumbnail-item, #ziplora_gallery .thumbnail-lg").last.click()
+    tab.settle()
+    assert float(tab.page.locator("#ziplora_balance input[type=number]").input_value()) == 1
+    tab("bake").click()
+    tab.page.wait_for_function("document.querySelector('#ziplora_baked').innerText.includes('lora:')", timeout=30_000)
+    assert "<lora:tab-strip-style100:1>" in tab("baked").inner_text()
+    path = loras / "tab-strip-style100.safetensors"
+    assert json.loads(read(path).metadata["ziplora.strengths"]) == [0.7, 1.15]
+    prompt = json.loads(read(loras / "tab-strip.safetensors").metadata["ziplora.recipe"])["preview_prompt"] or (
+        f"{TRIGGER}, {TAG}"
+    )
+    fields = {"steps": SMALL["sampler_steps"], "cfg_scale": 5, "sampler_name": "DPM++ 2M", "scheduler": "Automatic"}
+    clicked = webui.run(LAST_PICTURE, name="tab-strip")
+    ours = webui.txt2img(f"{prompt}<lora:tab-strip-style100:1>", seed=0, **fields).astype(int)
+    assert np.abs(ours - np.asarray(clicked)).max() <= 2
+    # the first one is as it was
+    assert "ziplora.strengths" not in read(loras / "tab-strip.safetensors").metadata
+    # the same name again is refused
+    tab("bake").click()
+    assert "already there" in tab.red()
+
+
+LAST_PICTURE = """
+import gc
+import numpy
+from ziplora_lib.job import Job
+job = next(o for o in gc.get_objects() if isinstance(o, Job) and o.recipe.output == data["name"])
+result = numpy.asarray(job.result.pictures[-1][1]).tolist()
+"""
+
+
 def test_reference_pictures(tab, tmp_path, loras):
     pictures = []
     for k in range(2):

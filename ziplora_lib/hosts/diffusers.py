@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,9 @@ class DiffusersHost:
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     known[layer_key(f"{part}.{name}")] = Slot(module)
         return {key: known[key] for key in keys if key in known}
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def session(self, recipe: Recipe) -> Iterator[None]:

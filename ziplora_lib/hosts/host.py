@@ -51,6 +51,9 @@ class Host(Protocol):
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         """The live modules of those layer keys that the model has."""
 
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """The host to ourselves: waits for its other work, and that for us."""
+
     def session(self, recipe: Recipe) -> AbstractContextManager[None]:
         """Base model bare, in eval mode, without gradients for its weights; exit restores all that was found."""
 
