@@ -19,7 +19,7 @@ try: $(VENV)/.headless
 	$(BIN)/python -m ziplora_lib.trial try
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
