@@ -184,8 +184,8 @@ def test_attention_that_asks_for_more_is_refused_not_guessed():
     with attach({"k": Slot(attention, "k")}, {"k": stack_for((8, 8))}):
         with pytest.raises(NotImplementedError):
             attention(x, x, x)
+        padding = torch.zeros(4, 5, dtype=torch.bool)
         with pytest.raises(NotImplementedError):
-            padding = torch.zeros(4, 5, dtype=torch.bool)
             attention(x, x, x, key_padding_mask=padding, need_weights=False)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.lora.reader import BASES, Lora, read
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse
+
+# what these libraries say at import (a missing torchvision, for instance) is of no use to whoever merges LoRAs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # recipe fields that are not plain flags of `zip`
 _OWN_FLAGS = {"parents", "output"}

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from ziplora_lib.__main__ import summary
 from ziplora_lib.comparison import ROWS, comparison
 from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -20,6 +22,8 @@ SEEDS = (1, 2, 3, 4)
 
 def main(folder: Path) -> None:
     started = time.monotonic()
+    # the miniature's layers are too small for more, and on a busy machine a second thread mostly waits
+    torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     print("training two sample LoRAs on the miniature, with peft, on two photographs …", flush=True)
     subject, style = write_samples(folder)

@@ -156,7 +156,8 @@ def load(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if model == MINIATURE:
         from ziplora_lib.hosts.miniature import build_miniature
 
-        return build_miniature().to(dtype)
+        pipe = build_miniature()
+        return pipe if dtype == torch.float32 else pipe.to(dtype)
     remedy = "Give miniature, the folder of an SDXL pipeline, a single .safetensors file, or a hub id"
     try:
         if Path(model).is_file():
