@@ -1,4 +1,4 @@
-"""The sample LoRAs, zipped as `make try` does in half the steps: on an overtrained pair ZipLoRA clearly beats the plain sum."""
+"""The sample LoRAs, zipped as `make try` does in half the steps: on an overtrained pair ZipLoRA beats the plain sum."""
 
 import json
 

@@ -1,6 +1,6 @@
 """The command line: `python -m ziplora_lib zip …`, `bake` and `inspect`, without a WebUI.
 
-Exit status: 0 done, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
+Exit status: 0 done, 1 failed, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"ziplora: {error}", file=sys.stderr)
         return 2
-    except MergeFailed as error:
+    except (MergeFailed, OSError) as error:
         print(f"ziplora: failed: {error}", file=sys.stderr)
         return 1
     except Stopped:
@@ -147,10 +147,11 @@ def _zip(args: argparse.Namespace) -> int:
     if args.report:
         args.report.write_text(json.dumps({**result.public(), "history": result.history}, indent=2) + "\n")
     if result.pictures:
-        from ziplora_lib.pictures import strip
+        from ziplora_lib.pictures import png, strip
 
-        picture = args.out.with_suffix(".balance.png")
-        strip([[p for _, p in result.pictures]], [""], [_balance_label(b) for b, _ in result.pictures]).save(picture)
+        labels = [_balance_label(point) for point, _ in result.pictures]
+        sheet = strip([[picture for _, picture in result.pictures]], [""], labels)
+        writer.write_beside(args.out, ".balance.png", png(sheet))
     print(summary(result))
     return 130 if result.stopped else 0
 

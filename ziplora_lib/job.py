@@ -5,7 +5,6 @@ Everything that a face (tab, API, command line) starts goes through `run`; `Job`
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import traceback
@@ -28,6 +27,7 @@ from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, attach
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
 from ziplora_lib.merge.pairing import Pairing, pair, refuse_unfit, report
+from ziplora_lib.pictures import png
 from ziplora_lib.recipe import Recipe, stored
 
 
@@ -200,9 +200,7 @@ def _pictures(
             picture = host.decode(latent)
             pictures.append((point, picture))
             if point == 0:
-                data = io.BytesIO()
-                picture.save(data, "PNG")
-                writer.write_beside(destination, ".png", data.getvalue())
+                writer.write_beside(destination, ".png", png(picture))
     except (RuntimeError, OSError) as error:
         warnings.append(f"the LoRA is saved, but its preview pictures could not be made ({error})")
     return sorted(pictures, key=lambda p: p[0])

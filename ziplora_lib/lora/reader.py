@@ -121,7 +121,7 @@ def read(path: Path) -> Lora:
         deltas=deltas,
         metadata=metadata,
         sidecar=_sidecar(path),
-        dtype=max(set(dtypes), key=dtypes.count),
+        dtype=max(sorted(set(dtypes)), key=dtypes.count),
         hash=tensor_sha256(path),
         base=_base(spelled, deltas, metadata),
     )
