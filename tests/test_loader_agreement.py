@@ -60,9 +60,10 @@ def rounding_bound(path, dtype):
     unit, least = ROUNDING[dtype]
     bounds = {}
     for key, delta in read(path).deltas.items():
-        up, down = delta.up.double().abs(), delta.down.double().abs().flatten(1)
-        slack = 2 * unit + unit**2 + (delta.rank + 6) * 2.0**-24
-        absolute = least * (up.sum(1, keepdim=True) + down.sum(0, keepdim=True) + delta.rank * least)
+        # alpha / rank, one more product in fp32 on either side, is no rounding to dtype
+        up, down = delta.up.double().abs() * delta.scale, delta.down.double().abs().flatten(1)
+        slack = 2 * unit + unit**2 + (delta.rank + 8) * 2.0**-24
+        absolute = least * (up.sum(1, keepdim=True) + delta.scale * (down.sum(0, keepdim=True) + delta.rank * least))
         bounds[key] = (slack * 1.01 * (up @ down) + absolute).reshape(delta.shape)
     return bounds
 

@@ -61,19 +61,22 @@ def test_read_back_by_ours_and_by_safetensors(path, dtype):
     assert {name.rsplit(".", 2 if name.endswith("weight") else 1)[0] for name in tensors} == stacks().keys()
     worst = 0.0
     for key, stack in stacks().items():
-        for part, wanted in (("lora_up", stack.up), ("lora_down", stack.down)):
+        scale = float(tensors[f"{key}.alpha"]) / stack.up.shape[1]
+        for part, wanted in (("lora_up", stack.up / scale), ("lora_down", stack.down)):
             tensor = tensors[f"{key}.{part}.weight"]
             assert tensor.dtype == writer.DTYPES[dtype]
             error = (tensor.double().reshape(wanted.shape) - wanted.double()).abs()
-            assert (error <= unit * wanted.abs() + least).all()
+            # up / scale is itself rounded in fp32
+            assert (error <= (unit + 2.0**-23) * wanted.abs() + least).all()
             worst = max(worst, float(error.max() / wanted.abs().max()))
-        assert float(tensors[f"{key}.alpha"]) == stack.up.shape[1]
+        # one alpha for all layers: diffusers mixes up different ones
+        assert float(tensors[f"{key}.alpha"]) == max(s.up.shape[1] for s in stacks().values())
         wanted, up, down = stack.total().dense(), stack.up.abs(), stack.down.flatten(1).abs()
         # each factor rounded once, and fp32 sums in another order
         bound = ((2 * unit + unit**2 + 8 * 2.0**-24) * (up @ down)).reshape(wanted.shape)
         assert ((lora.deltas[key].dense() - wanted).abs() <= bound).all()
     assert saved["largest_error"] == pytest.approx(worst, rel=1e-4, abs=1e-12)
-    assert (worst > 0) == (dtype != "fp32")
+    assert worst < 1e-7 if dtype == "fp32" else worst > 1e-5
     assert saved["bytes"] == path.stat().st_size
 
 
@@ -178,7 +181,10 @@ def test_a_missing_folder_is_refused(tmp_path):
 
 def test_a_read_only_folder_is_refused(tmp_path, path, monkeypatch):
     # not by chmod: root may write everywhere
-    monkeypatch.setattr(writer.os, "access", lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK))
+    def touch(file, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(type(tmp_path), "touch", touch)
     with pytest.raises(BadInput, match="cannot be written"):
         write(path)
     assert os.listdir(tmp_path) == []

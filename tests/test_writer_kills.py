@@ -58,7 +58,12 @@ contents = [
     {f"lora_unet_{i}": Stack.of([LowRankDelta(torch.full((256, 16), float(n)), torch.ones(16, 256))]) for i in range(40)}
     for n in (1, 2)
 ]
+# how long one write takes on this machine: the kills fall into the first three
+builtins.open = io.open = slow_open
+began = time.monotonic()
 writer.write(path, contents[0], "fp32", {"n": "1"}, True)
+once = time.monotonic() - began
+builtins.open = io.open = fast_open
 kept = set()
 for kill in range(KILLS):
     ready, begun = os.pipe()
@@ -67,10 +72,10 @@ for kill in range(KILLS):
         builtins.open = io.open = slow_open
         os.write(begun, b"x")
         while True:
-            for n in (0, 1):
+            for n in (1, 0):
                 writer.write(path, contents[n], "fp32", {"n": str(n + 1)}, True)
     os.read(ready, 1)
-    time.sleep(chance.uniform(0.0, 0.15))
+    time.sleep(chance.uniform(0.0, 3 * once))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     listed = sorted(f.name for f in Path(FOLDER).iterdir() if f.suffix == ".safetensors")

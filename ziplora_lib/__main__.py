@@ -29,6 +29,9 @@ _OWN_FLAGS = {"parents", "output"}
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that cannot show a name must not lose the merge
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -114,6 +117,7 @@ def _zip(args: argparse.Namespace) -> int:
     _check_out(args.out)
     recipe = _recipe(args)
     writer.check_free(args.out, recipe.overwrite)
+    _check_report(args)
     if args.report and not args.report.parent.is_dir():
         raise BadInput(
             f"the folder {args.report.parent} of --report does not exist", remedy="Create it, or choose another"
@@ -165,6 +169,17 @@ def _bake(args: argparse.Namespace) -> int:
     saved = bake(args.file, args.out, [1.0 if w is None else w for w in chosen], args.overwrite)
     print(f"saved {args.out}  ({saved['bytes'] / 1e6:.1f} MB)\nprompt with <lora:{args.out.stem}:1>")
     return 0
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    if args.report is None:
+        return
+    if args.report.suffix != ".json" or args.report.is_dir():
+        raise BadInput(f"--report {args.report} is not a .json file", remedy="For instance report.json")
+    if args.report.resolve() == args.out.with_suffix(".json").resolve():
+        raise BadInput(
+            f"--report {args.report} is the name of the LoRA's own card", remedy="Give the report another name"
+        )
 
 
 def _in_range(value: float) -> float:

@@ -10,7 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ class Result:
 
     def public(self) -> dict:
         """As JSON: all but the history and the pictures."""
-        return {k: v for k, v in asdict(self).items() if k not in ("history", "pictures")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("history", "pictures")}
 
 
 def preflight(recipe: Recipe, host: Host) -> Preflight:
@@ -92,6 +92,12 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
         refuse_unfit(lora, shapes, model.name)
     pairing = pair(loras, [p.strength for p in recipe.parents], shapes)
     details = report(loras, pairing, shapes)
+    for lora in loras:
+        if left_out := [key for key in host.unapplied(lora) if key in shapes]:
+            details["warnings"].append(
+                f"{lora.name}: {len(left_out)} layers are left out when it is prompted with by itself, but the merge has "
+                f"them: {', '.join(left_out[:3])}" + (" …" if len(left_out) > 3 else "")
+            )
     for parent, lora in zip(details["parents"], loras):
         parent["trigger"], parent["trigger_from"] = trigger_words(lora)
     details["model"] = asdict(model)
@@ -178,6 +184,7 @@ def _save(recipe: Recipe, ready: Preflight, merged: Merged) -> dict:
         ready.report["model"]["prediction"],
     )
     saved = writer.write(ready.destination, merged.stacks, recipe.dtype, metadata, recipe.overwrite)
+    ready.destination.with_suffix(".png").unlink(missing_ok=True)  # the preview of what was overwritten
     words = ", ".join(dict.fromkeys(w for w, _ in map(trigger_words, ready.loras) if w))
     writer.write_beside(ready.destination, ".json", writer.card(words or recipe.picture_prompt, notes))
     return saved
@@ -201,8 +208,12 @@ def _pictures(
             pictures.append((point, picture))
             if point == 0:
                 writer.write_beside(destination, ".png", png(picture))
-    except (RuntimeError, OSError) as error:
+    except Stopped:
+        warnings.append("the LoRA is saved; making its preview pictures was interrupted")
+    except Exception as error:  # whatever it is, the merge itself is done and saved
         warnings.append(f"the LoRA is saved, but its preview pictures could not be made ({error})")
+    if len(pictures) < recipe.balance_points:  # a strip with gaps would mislead; the preview stands by itself
+        pictures = pictures[:1]
     return sorted(pictures, key=lambda p: p[0])
 
 

@@ -102,6 +102,12 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
             raise ValueError("must be a multiple of 64")
         return resolution
 
+    @validator("balance_points")
+    def _has_a_middle(cls, n: int) -> int:  # noqa: N805
+        if n % 2 == 0:
+            raise ValueError("must be odd: the picture in the middle is the preview")
+        return n
+
     @root_validator(skip_on_failure=True)
     def _objective_decides(cls, values: dict) -> dict:  # noqa: N805
         chosen = OBJECTIVES[values["objective"]]

@@ -52,7 +52,7 @@ LABELS |= {field: label for group in ADVANCED.values() for field, label in group
 
 # fields typed as a number; the other numbers are sliders with these steps, 1 where nothing is said
 TYPED = {"seed", "lr"}
-SLIDER_STEP = {"resolution": 64, "empty_share": 0.05, "guidance": 0.5}
+SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
 

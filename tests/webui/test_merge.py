@@ -402,3 +402,64 @@ def test_rank_split_is_subject_first(webui, merged, loras):
     first = stack.part(0).dense()
     m = (first * subject.dense()).sum(0) / subject.dense().square().sum(0)
     torch.testing.assert_close(first, subject.dense() * m, rtol=1e-2, atol=2e-3 * first.abs().max().item())
+
+
+@pytest.mark.parametrize("button", ["interrupt", "skip"])
+def test_a_preview_that_is_broken_off_is_not_saved_as_one(webui, loras, merged, button):
+    """The sampler gives half a picture back when the WebUI's buttons are pressed."""
+    whole = merge(webui, recipe("whole", sampler_steps=40))
+    assert whole["state"] == "done"
+    pressed = []
+
+    def press(job, state):
+        if state.get("phase") == "preview" and not pressed:
+            time.sleep(0.3)
+            pressed.append(webui.post(f"/sdapi/v1/{button}"))
+
+    state = merge(webui, recipe("broken-off", sampler_steps=40), watch=press)
+    assert state["state"] == "done"
+    assert (webui.lora_dir / "broken-off.safetensors").is_file()
+    preview = webui.lora_dir / "broken-off.png"
+    if preview.exists():  # skipped, and made again; or the press came too late
+        assert np.array_equal(np.asarray(Image.open(preview)), np.asarray(Image.open(webui.lora_dir / "whole.png")))
+    else:
+        assert any("interrupted" in warning for warning in state["result"]["warnings"])
+
+
+def test_a_stopped_overwrite_keeps_no_stale_preview(webui, loras, merged):
+    assert merge(webui, recipe("restyled"))["state"] == "done"
+
+    def stop(job, state):
+        if state.get("phase") == "merge":
+            webui.post(f"/ziplora/v1/jobs/{job}/stop")
+
+    state = merge(webui, recipe("restyled", steps=500, seed=9, overwrite=True), watch=stop)
+    assert state["state"] == "stopped"
+    assert not (webui.lora_dir / "restyled.png").exists()
+
+
+def test_bake_over_the_api(webui, loras, merged):
+    body = {"lora": "while-loaded", "output": "baked", "subject": 0.5, "style": 1.5}
+    merge(webui, recipe("while-loaded", overwrite=True))
+    answer = webui.post("/ziplora/v1/bake", json=body)
+    assert answer.status_code == 200, answer.text
+    before, after = (read(webui.lora_dir / f"{name}.safetensors") for name in ("while-loaded", "baked"))
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    ranks = json.loads(before.metadata["ziplora.ranks"])["*"]
+    subject, style = (
+        Stack(before.deltas[key].up.float(), before.deltas[key].down.float(), tuple(ranks)).part(i).dense()
+        for i in (0, 1)
+    )
+    wanted = 0.5 * subject + 1.5 * style
+    torch.testing.assert_close(after.deltas[key].dense(), wanted, rtol=2e-3, atol=2e-3 * wanted.abs().max().item())
+    picture = webui.txt2img(f"{SUBJECT}<lora:baked:1>", seed=1, **PICTURE)
+    assert not np.array_equal(picture, webui.txt2img(f"{SUBJECT}<lora:while-loaded:1>", seed=1, **PICTURE))
+    for wrong in (
+        {**body, "output": "../x"},
+        {**body, "lora": "random-style", "output": "y"},
+        {**body, "balance": 0},
+        {},
+    ):
+        answer = webui.post("/ziplora/v1/bake", json=wrong)
+        assert answer.status_code == 422, wrong
+        assert answer.json()["error"]

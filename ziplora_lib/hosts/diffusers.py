@@ -44,6 +44,9 @@ class DiffusersHost:
     def peek(self, name: str) -> Lora:
         return peek(Path(name))
 
+    def unapplied(self, lora: Lora) -> list[str]:
+        return []
+
     def destination(self, output: str) -> Path:
         return self.folder / f"{output}.safetensors"
 
@@ -170,6 +173,13 @@ def load(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
             file=model,
             remedy=remedy,
         ) from error
-    if pipe.unet.config.addition_embed_type != "text_time" or pipe.unet.config.in_channels != 4:
-        raise BadInput("is not a plain SDXL model", file=model, remedy=remedy)
+    plain = pipe.unet.config.addition_embed_type == "text_time" and pipe.unet.config.in_channels == 4
+    if not plain or pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise BadInput("is not a plain SDXL model (an inpainting model, or a refiner?)", file=model, remedy=remedy)
+    if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise BadInput(
+            f"was trained with another kind of noise ({type(pipe.scheduler).__name__})", file=model, remedy=remedy
+        )
+    if pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in half precision
     return pipe

@@ -42,6 +42,9 @@ class Host(Protocol):
     def peek(self, name: str) -> Lora:
         """As `open`, but without the layers: metadata and card only, at once."""
 
+    def unapplied(self, lora: Lora) -> list[str]:
+        """The layers of a LoRA that the host leaves out when it is prompted with by itself, though the merge has them."""
+
     def destination(self, output: str) -> Path:
         """Where a LoRA of this name is saved. Raises BadInput for a name that cannot be one."""
 
@@ -61,7 +64,7 @@ class Host(Protocol):
         """Encodes a prompt with the text encoders as they now are. negative: as the sampler's negative prompt."""
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
-        """A picture's latent, (1, 4, h, w), from the host's own sampler."""
+        """A picture's latent, (1, 4, h, w), from the host's own sampler. Raises Stopped if the host broke it off."""
 
     def encode_picture(self, picture: Image.Image) -> Tensor:
         """A picture's latent, (1, 4, h, w)."""

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ziplora_lib.errors import BadInput
+from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Model
 from ziplora_lib.lora.reader import Lora, peek, read
 from ziplora_lib.merge.attach import HEADS, Slot
@@ -89,6 +89,18 @@ class WebuiHost:
         if name not in available:
             raise BadInput(f"there is no LoRA named {name!r}", remedy="Pick one of the list, or refresh it")
         return Path(available[name].filename)
+
+    def unapplied(self, lora: Lora) -> list[str]:
+        networks = lora_extension()
+        known = networks.load_network(lora.name, networks.available_networks[lora.name]).modules
+        names = {key: network_name(key) for key in lora.deltas}
+        attentions: dict[str, set[str]] = {}
+        for name in names.values():
+            if match := _TE2_ATTENTION.fullmatch(name):
+                attentions.setdefault(match[1], set()).add(match[2])
+        # of a text encoder's attention the four projections together, or none
+        partial = {f"{name}_{head}_proj" for name, found in attentions.items() if found != set(HEADS) for head in found}
+        return [key for key, name in names.items() if name not in known or name in partial]
 
     def destination(self, output: str) -> Path:
         path = Path(shared.cmd_opts.lora_dir) / f"{output}.safetensors"
@@ -157,6 +169,7 @@ class WebuiHost:
         model = shared.sd_model
         with ExitStack() as stack:
             stack.enter_context(_bare(model))
+            sd_models.apply_alpha_schedule_override(model)  # as the settings have it now, not the last generation
             stack.enter_context(_frozen(model))
             stack.enter_context(_no_hypertile(model))
             if recipe.checkpointing:
@@ -199,8 +212,14 @@ class WebuiHost:
             p.rng = rng.ImageRNG((4, resolution // 8, resolution // 8), [seed], subseeds=[seed])
             p.setup_conds()
             sd_models.apply_alpha_schedule_override(p.sd_model, p)
-            with _unet_autocast():
-                return p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+            while True:
+                shared.state.skipped = False
+                with _unet_autocast():
+                    latent = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+                if shared.state.interrupted:
+                    raise Stopped  # the sampler broke off: this is no picture
+                if not shared.state.skipped:  # Skip is for a batch of pictures; half a picture is of no use here
+                    return latent
 
     @torch.no_grad()
     def encode_picture(self, picture: Image.Image) -> Tensor:

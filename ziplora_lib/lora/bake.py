@@ -58,7 +58,10 @@ def bake(source: Path, destination: Path, weights: Sequence[float], overwrite: b
         for key, stack in stacks(lora).items()
     }
     name = destination.stem
-    before = json.loads(lora.metadata.get("ziplora.strengths", json.dumps([1.0] * len(weights))))
+    try:
+        before = [float(w) for w in json.loads(lora.metadata["ziplora.strengths"])]
+    except (KeyError, ValueError, TypeError):
+        before = [1.0] * len(weights)
     metadata = {
         **lora.metadata,
         "ss_output_name": name,

@@ -11,14 +11,22 @@ from collections.abc import Sequence
 from ziplora_lib import __version__
 from ziplora_lib.lora.reader import Lora
 
+# how much of the parents' tags a merged file keeps
+KEPT_FOLDERS, KEPT_TAGS = 20, 500
+
 
 def tag_frequency(lora: Lora) -> dict[str, dict[str, int]]:
     """kohya's ss_tag_frequency: {folder: {tag: count}}; {} where it is missing or of another form."""
     try:
         folders = json.loads(lora.metadata.get("ss_tag_frequency", "{}"))
         return {str(f): {str(t): int(n) for t, n in tags.items()} for f, tags in folders.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _frequent(tags: dict[str, int]) -> dict[str, int]:
+    """The most frequent tags: a header of megabytes is of no use, and safetensors allows only so much."""
+    return dict(sorted(tags.items(), key=lambda entry: -entry[1])[:KEPT_TAGS])
 
 
 def trigger_words(lora: Lora) -> tuple[str, str]:
@@ -49,7 +57,7 @@ def merged_metadata(
     """
     known = [p.metadata.get("ss_base_model_version", "") for p in parents]
     triggers = ", ".join(dict.fromkeys(words for words, _ in map(trigger_words, parents) if words))
-    tags = {f"{p.name}: {folder}": t for p in parents for folder, t in tag_frequency(p).items()}
+    tags = {f"{p.name}: {f}": _frequent(t) for p in parents for f, t in list(tag_frequency(p).items())[:KEPT_FOLDERS]}
     rank = max(sum(r) for r in ranks.values())
     resolution = int(recipe.get("resolution", 1024))
     meta = {

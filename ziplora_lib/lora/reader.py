@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def read(path: Path) -> Lora:
     path = Path(path)
     tensors, metadata = _tensors(path)
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    spelled: dict[str, str] = {}
+    names: dict[str, dict[str, str]] = defaultdict(dict)
     for name, tensor in tensors.items():
         key, part = _parse(path, name)
         if part in layers[key]:
@@ -109,9 +110,9 @@ def read(path: Path) -> Lora:
                 remedy="Save the LoRA again with the tool that made it",
             )
         layers[key][part] = tensor
-        spelled.setdefault(key, name)
+        names[key][part] = name
     scales = _adapter_scales(path, metadata)
-    deltas = {key: _delta(path, spelled[key], parts, scales) for key, parts in sorted(layers.items())}
+    deltas = {key: _delta(path, names[key], parts, scales) for key, parts in sorted(layers.items())}
     if not deltas:
         raise BadInput("holds no LoRA layer", file=path.name, remedy="Pick a LoRA file")
     dtypes = [str(parts["down"].dtype).removeprefix("torch.") for parts in layers.values()]
@@ -123,7 +124,7 @@ def read(path: Path) -> Lora:
         sidecar=_sidecar(path),
         dtype=max(sorted(set(dtypes)), key=dtypes.count),
         hash=tensor_sha256(path),
-        base=_base(spelled, deltas, metadata),
+        base=_base(deltas, metadata),
     )
 
 
@@ -206,10 +207,12 @@ def _parse(path: Path, name: str) -> tuple[str, str]:
 
 
 def _delta(
-    path: Path, name: str, parts: dict[str, Tensor], adapter_scale: Callable[[str, int], float | None]
+    path: Path, names: dict[str, str], parts: dict[str, Tensor], adapter_scale: Callable[[str, int], float | None]
 ) -> LowRankDelta:
-    def bad(problem: str, remedy: str = "The file is damaged or unfinished: download or save it again") -> BadInput:
-        return BadInput(problem, file=path.name, key=name, remedy=remedy)
+    damaged = "The file is damaged or unfinished: download or save it again"
+
+    def bad(problem: str, remedy: str = damaged, part: str = "down") -> BadInput:
+        return BadInput(problem, file=path.name, key=names.get(part, next(iter(names.values()))), remedy=remedy)
 
     if "up" not in parts or "down" not in parts:
         raise bad(f"the layer has no {'up' if 'up' not in parts else 'down'} part")
@@ -224,16 +227,17 @@ def _delta(
     alpha = parts.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise bad(f"alpha must be one number, but has shape {list(alpha.shape)}")
-    for tensor in (up, down, *([] if alpha is None else [alpha])):
-        if not tensor.is_floating_point() and tensor is not alpha:
-            raise bad(f"holds {tensor.dtype}, not floating point numbers")
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() and part != "alpha":
+            raise bad(f"holds {tensor.dtype}, not floating point numbers", part=part)
         if not torch.isfinite(tensor.float()).all():
             raise bad(
                 "has values that are not finite (NaN or infinity)",
                 "The training of this LoRA failed: use another file or an earlier epoch",
+                part,
             )
     rank = down.shape[0]
-    scale = float(alpha) / rank if alpha is not None else adapter_scale(name, rank)
+    scale = float(alpha) / rank if alpha is not None else adapter_scale(names["down"], rank)
     return LowRankDelta(up, down, 1.0 if scale is None else scale)
 
 
@@ -252,12 +256,24 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int]
         part = next((p for p in parts if name.startswith(p)), "")
         layer = name[len(part) :].split(".lora_")[0]
         # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
-        patterns = dict(settings.get(f"{part}alpha_pattern") or {})
-        own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        alpha = next(own, settings.get(f"{part}lora_alpha"))
-        if alpha is None:
+        patterns = settings.get(f"{part}alpha_pattern")
+        patterns = patterns if isinstance(patterns, dict) else {}
+        try:
+            own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+            alpha = next(own, settings.get(f"{part}lora_alpha"))
+            found = None if alpha is None else float(alpha)
+        except (ValueError, TypeError, re.error):
+            found = float("nan")
+        if found is None:
             return None
-        return float(alpha) / (rank**0.5 if settings.get(f"{part}use_rslora") else rank)
+        if not math.isfinite(found):
+            raise BadInput(
+                "PEFT's settings give it no usable alpha",
+                file=path.name,
+                key=name,
+                remedy="Save the LoRA again with PEFT",
+            )
+        return found / (rank**0.5 if settings.get(f"{part}use_rslora") else rank)
 
     return scale
 
@@ -266,7 +282,7 @@ def _json(text: str) -> dict:
     """A JSON object, or {} for text that is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -294,15 +310,15 @@ _NOT_SDXL = (
 )
 
 
-def _base(spelled: dict[str, str], deltas: dict[str, LowRankDelta], metadata: dict[str, str]) -> str:
+def _base(deltas: dict[str, LowRankDelta], metadata: dict[str, str]) -> str:
     """Which base model the LoRA was trained on, from its layers first and its metadata where they do not say."""
     widths = {d.shape[1] for key, d in deltas.items() if is_unet(key) and key.endswith(("attn2_to_k", "attn2_to_v"))}
     by_width = {_CONTEXT_WIDTH[w] for w in widths if w in _CONTEXT_WIDTH}
     if len(by_width) == 1:
         return by_width.pop()
-    if any(key.startswith(_NOT_SDXL) for key in spelled):
+    if any(key.startswith(_NOT_SDXL) for key in deltas):
         return "sd2" if metadata.get("ss_v2") == "True" else "sd1"
-    if any(key.startswith("lora_te2_") for key in spelled):
+    if any(key.startswith("lora_te2_") for key in deltas):
         return "sdxl"
     version = metadata.get("ss_base_model_version", "")
     return "sdxl" if version.startswith("sdxl") else "sd1" if version.startswith("sd_v1") else "unknown"

@@ -57,9 +57,16 @@ def check_free(path: Path, overwrite: bool) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise BadInput(f"the folder {folder} does not exist", remedy="Create it, or choose another")
-    if not os.access(folder, os.W_OK):
-        raise BadInput(f"the folder {folder} cannot be written to", remedy="Change its permissions, or choose another")
-    wanted = {(path.stem + ending).lower() for ending in (".safetensors", ".json", ".png")}
+    probe = folder / f".{os.getpid()}.probe{_MARK}"
+    try:  # os.access is not enough: it knows neither special file systems nor quotas
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"the folder {folder} cannot be written to ({error.strerror})",
+            remedy="Change its permissions, or choose another",
+        ) from error
+    wanted = {(path.stem + ending).lower() for ending in (".safetensors", ".json", ".png", ".balance.png")}
     taken = sorted(f.name for f in folder.iterdir() if f.name.lower() in wanted)
     if taken and not overwrite:
         raise BadInput(f"{', '.join(taken)} is already there", remedy="Choose another output name, or ask to overwrite")
@@ -115,11 +122,15 @@ def _text(value: str) -> str:
 
 
 def kohya_tensors(stacks: Mapping[str, Stack], dtype: torch.dtype, dtype_name: str = "") -> dict[str, Tensor]:
-    """`LAYER.lora_up.weight`, `.lora_down.weight` and `.alpha` (= rank, so that the scale is 1) of every layer."""
+    """`LAYER.lora_up.weight`, `.lora_down.weight` and `.alpha` of every layer.
+
+    One alpha for all layers, the largest rank: diffusers' loader does not find its way through different ones.
+    """
     tensors = {}
+    alpha = float(max(stack.up.shape[1] for stack in stacks.values()))
     for key, stack in sorted(stacks.items()):
-        rank = stack.up.shape[1]
-        up = stack.up.reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
+        # a reader multiplies by alpha / rank
+        up = (stack.up * (stack.up.shape[1] / alpha)).reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
         for part, value in (("lora_up", up), ("lora_down", stack.down)):
             cast = value.detach().cpu().to(dtype).contiguous()
             if not torch.isfinite(cast).all():
@@ -130,7 +141,7 @@ def kohya_tensors(stacks: Mapping[str, Stack], dtype: torch.dtype, dtype_name: s
                 )
             tensors[f"{key}.{part}.weight"] = cast
         # fp32 whatever the rest is: bf16 cannot hold every rank above 256
-        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
     return tensors
 
 
@@ -187,7 +198,8 @@ def _rename(part: Path, path: Path, overwrite: bool) -> None:
 def _largest_error(stacks: Mapping[str, Stack], tensors: Mapping[str, Tensor]) -> float:
     worst = 0.0
     for key, stack in stacks.items():
-        for part, wanted in (("lora_up", stack.up), ("lora_down", stack.down)):
+        scale = float(tensors[f"{key}.alpha"]) / stack.up.shape[1]
+        for part, wanted in (("lora_up", stack.up / scale), ("lora_down", stack.down)):
             saved = tensors[f"{key}.{part}.weight"].float().reshape(wanted.shape)
             worst = max(worst, float((saved - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
     return worst

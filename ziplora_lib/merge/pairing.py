@@ -104,6 +104,9 @@ def report(loras: Sequence[Lora], pairing: Pairing, shapes: Mapping[str, tuple[i
     if pairing.text:
         warnings.append(f"{len(pairing.text)} text encoder layers are summed, not learned")
     norms = [lora.norm() for lora in loras]
+    for lora, norm in zip(loras, norms):
+        if norm == 0:
+            warnings.append(f"{lora.name} changes nothing: all its values are zero")
     if min(norms) > 0 and max(norms) / min(norms) > 5:
         warnings.append(
             f"{loras[norms.index(max(norms))].name} is {max(norms) / min(norms):.0f} times as strong as the "

@@ -28,6 +28,8 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     """
     objective = OBJECTIVES[settings.objective]
     columns = learned_columns(pairing, calibration.device)
+    if not columns.grams.any():
+        raise MergeFailed("Both LoRAs are zero on the layers they share: there is nothing to learn.")
     parents = len(columns.grams)
     shape = (parents, columns.grams.shape[-1])
     m = torch.full(shape, settings.start, device=calibration.device, requires_grad=True)
