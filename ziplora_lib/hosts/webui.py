@@ -209,11 +209,11 @@ class WebuiHost:
         with torch.no_grad(), p.sd_model.ema_scope():
             with devices.autocast():
                 p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
-            p.rng = rng.ImageRNG((4, resolution // 8, resolution // 8), [seed], subseeds=[seed])
             p.setup_conds()
             sd_models.apply_alpha_schedule_override(p.sd_model, p)
             while True:
                 shared.state.skipped = False
+                p.rng = rng.ImageRNG((4, resolution // 8, resolution // 8), [seed], subseeds=[seed])
                 with _unet_autocast():
                     latent = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
                 if shared.state.interrupted:
