@@ -34,10 +34,12 @@ def test_every_column_is_a_combination_of_the_parents_columns(host, pair_files, 
     assert len(shared) > 20
     for key, delta in merged.items():
         # each factor was rounded once: no column is off by more than 2 u |up| |down|, summed over the ranks
-        up, down = saved[key].up.double().abs(), saved[key].down.double().abs().flatten(1)
-        bound = ((2.02 * unit + 40 * 2.0**-24) * (up @ down) + 2 * least * (up.sum(1)[:, None] + down.sum(0))).norm(
-            dim=0
-        )
+        # (with alpha / rank, which readers multiply by)
+        up, down = saved[key].up.double().abs() * saved[key].scale, saved[key].down.double().abs().flatten(1)
+        bound = (
+            (2.02 * unit + 40 * 2.0**-24) * (up @ down)
+            + 2 * least * (up.sum(1)[:, None] + saved[key].scale * down.sum(0))
+        ).norm(dim=0)
         if key in shared:
             m, residual = fitted(delta, subject[key].reshape(delta.shape), style[key].reshape(delta.shape))
             everything.append(m)
