@@ -117,11 +117,8 @@ def _zip(args: argparse.Namespace) -> int:
     _check_out(args.out)
     recipe = _recipe(args)
     writer.check_free(args.out, recipe.overwrite)
-    _check_report(args)
-    if args.report and not args.report.parent.is_dir():
-        raise BadInput(
-            f"the folder {args.report.parent} of --report does not exist", remedy="Create it, or choose another"
-        )
+    if args.report:
+        _check_report(args.report, args.out)
     for parent in recipe.parents:
         read(Path(parent.lora))
     from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -171,15 +168,13 @@ def _bake(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_report(args: argparse.Namespace) -> None:
-    if args.report is None:
-        return
-    if args.report.suffix != ".json" or args.report.is_dir():
-        raise BadInput(f"--report {args.report} is not a .json file", remedy="For instance report.json")
-    if args.report.resolve() == args.out.with_suffix(".json").resolve():
-        raise BadInput(
-            f"--report {args.report} is the name of the LoRA's own card", remedy="Give the report another name"
-        )
+def _check_report(report: Path, out: Path) -> None:
+    if not report.parent.is_dir():
+        raise BadInput(f"the folder {report.parent} of --report does not exist", remedy="Create it, or choose another")
+    if report.suffix != ".json" or report.is_dir():
+        raise BadInput(f"--report {report} is not a .json file", remedy="For instance report.json")
+    if report.resolve() == out.with_suffix(".json").resolve():
+        raise BadInput(f"--report {report} is the name of the LoRA's own card", remedy="Give the report another name")
 
 
 def _in_range(value: float) -> float:

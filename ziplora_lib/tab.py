@@ -286,7 +286,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
                     )
                     baked_name = gr.Textbox(
                         label="Save this balance as",
-                        info="Another LoRA beside the first, in a second",
+                        info="Another LoRA beside the first, without learning again",
                         placeholder="named after the balance",
                         max_lines=1,
                         elem_id="ziplora_baked_name",
