@@ -145,6 +145,11 @@ def test_bad_outputs_are_refused_in_one_line(cli, zipping, tmp_path, out):
     refused(cli, tmp_path, zipping(out=tmp_path / out), "")
 
 
+def test_a_report_cannot_take_the_place_of_a_lora_or_its_card(cli, zipping, tmp_path):
+    refused(cli, tmp_path, zipping("--report", tmp_path / "merged.json"), "card")
+    refused(cli, tmp_path, zipping("--report", tmp_path / "merged.safetensors"), "not a .json")
+
+
 def test_a_taken_name_is_refused_and_overwrite_replaces(cli, zipping, tmp_path):
     out = tmp_path / "merged.safetensors"
     out.write_bytes(b"precious")
