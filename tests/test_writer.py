@@ -123,7 +123,7 @@ from ziplora_lib.lora import writer
 import torch
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.stack import Stack
-content = {{f"lora_unet_{{i}}": Stack.of([LowRankDelta(torch.ones(2, 2), torch.ones(2, 2))]) for i in range(9)}}
+content = {{f"lora_unet_out_{{i}}": Stack.of([LowRankDelta(torch.ones(2, 2), torch.ones(2, 2))]) for i in range(9)}}
 writer.write(Path({path!r}), content, "fp16", {{f"field{{i}}": str(i) for i in range(30)}}, True)
 """
 

@@ -55,7 +55,10 @@ def slow_open(file, mode="r", *args, **kwargs):
 fast_open = builtins.open
 path, chance = Path(FOLDER) / "merged.safetensors", random.Random(0)
 contents = [
-    {f"lora_unet_{i}": Stack.of([LowRankDelta(torch.full((256, 16), float(n)), torch.ones(16, 256))]) for i in range(40)}
+    {
+        f"lora_unet_out_{i}": Stack.of([LowRankDelta(torch.full((256, 16), float(n)), torch.ones(16, 256))])
+        for i in range(40)
+    }
     for n in (1, 2)
 ]
 # how long one write takes on this machine: the kills fall into the first three

@@ -1,4 +1,4 @@
-"""Stacked factors -> an ordinary LoRA file: kohya's layer keys, atomic, checked before it gets its name."""
+"""Stacked factors -> an ordinary LoRA file, in one of three spellings: atomic, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ziplora_lib.errors import BadInput
+from ziplora_lib.lora.keys import spelled
 from ziplora_lib.lora.stack import Stack
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,17 +74,36 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise BadInput(f"{', '.join(taken)} is already there", remedy="Choose another output name, or ask to overwrite")
 
 
-def write(path: Path, stacks: Mapping[str, Stack], dtype: str, metadata: Mapping[str, str], overwrite: bool) -> dict:
+def write(
+    path: Path,
+    stacks: Mapping[str, Stack],
+    dtype: str,
+    metadata: Mapping[str, str],
+    overwrite: bool,
+    names: str = "kohya",
+    base: str = "sdxl",
+    extra: Mapping[str, Tensor] = {},
+) -> dict:
     """Writes one LoRA file and returns {"sha256", "bytes", "largest_error"}.
 
     The file is written beside its destination, synced, read back and compared, and only then renamed: at every moment
-    there is the old file, whole, or the new one, whole. largest_error: max |saved - wanted| over all factor values,
-    divided by the largest value of that factor. Raises BadInput if the values do not fit the dtype or the name is taken.
+    there is the old file, whole, or the new one, whole. largest_error: max |saved - wanted| over all values of a
+    tensor, divided by the largest of them. Raises BadInput if the values do not fit the dtype, the name is taken, or a
+    layer has no name in the spelling.
+
+    names: the spelling, one of keys.LAYER_NAMES, of the layers of the model `base`. extra: what goes into the file
+    beside the factors, under these very names: norm layers, biases, embeddings.
     """
     check_free(path, overwrite)
-    tensors = kohya_tensors(stacks, DTYPES[dtype], dtype)
+    tensors = lora_tensors(stacks, DTYPES[dtype], names, base)
+    if taken := sorted(tensors.keys() & extra.keys()):
+        raise BadInput("stands twice in what is to be saved", key=taken[0], remedy="Report this as an error of ZipLoRA")
+    tensors |= {name: _cast(name, value, DTYPES[dtype]) for name, value in extra.items()}
     body_hash = _body_sha256(save(tensors))
-    metadata = {**metadata, "sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
+    metadata = {name: value for name, value in metadata.items() if name != _ADAPTER_SETTINGS}
+    metadata |= {"sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
+    if names == "diffusers" and (settings := _adapter_settings(stacks, base)):
+        metadata[_ADAPTER_SETTINGS] = json.dumps(settings, sort_keys=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}")
     try:
         data = _ordered(save(tensors, metadata={name: _text(value) for name, value in metadata.items()}))
@@ -91,7 +112,11 @@ def write(path: Path, stacks: Mapping[str, Stack], dtype: str, metadata: Mapping
         _rename(part, path, overwrite)
     finally:
         part.unlink(missing_ok=True)
-    return {"sha256": body_hash, "bytes": len(data), "largest_error": _largest_error(stacks, tensors)}
+    return {
+        "sha256": body_hash,
+        "bytes": len(data),
+        "largest_error": _largest_error(stacks, tensors, names, base, extra),
+    }
 
 
 def write_beside(path: Path, ending: str, data: bytes) -> None:
@@ -104,11 +129,11 @@ def write_beside(path: Path, ending: str, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def card(activation_text: str, notes: str, weight: float = 1.0) -> bytes:
+def card(activation_text: str, notes: str, weight: float = 1.0, base: str = "sdxl") -> bytes:
     """NAME.json, the WebUI's card of a LoRA."""
     fields = {
         "description": "",
-        "sd version": "SDXL",
+        "sd version": base.upper() if base != "unknown" else "Unknown",
         "activation text": activation_text,
         "preferred weight": weight,
         "notes": notes,
@@ -121,28 +146,64 @@ def _text(value: str) -> str:
     return value.encode("utf-8", "replace").decode("utf-8")
 
 
-def kohya_tensors(stacks: Mapping[str, Stack], dtype: torch.dtype, dtype_name: str = "") -> dict[str, Tensor]:
-    """`LAYER.lora_up.weight`, `.lora_down.weight` and `.alpha` of every layer.
+# spelling -> how it calls the factors
+FACTORS = {"kohya": ("lora_up", "lora_down"), "diffusers": ("lora_B", "lora_A"), "peft": ("lora_B", "lora_A")}
+# where diffusers keeps PEFT's settings in a file's metadata
+_ADAPTER_SETTINGS = "lora_adapter_metadata"
 
-    One alpha for all layers, the largest rank: diffusers' loader does not find its way through different ones.
+
+def lora_tensors(
+    stacks: Mapping[str, Stack], dtype: torch.dtype, names: str = "kohya", base: str = "sdxl"
+) -> dict[str, Tensor]:
+    """The factors of every layer under the names of a spelling, cast to dtype.
+
+    kohya: `LAYER.lora_up.weight`, `.lora_down.weight` and `.alpha`, one alpha for all layers, the largest rank:
+    diffusers' loader does not find its way through different ones.
+    diffusers and peft: `LAYER.lora_B.weight` and `.lora_A.weight`. No alpha means that it is the rank.
     """
     tensors = {}
-    alpha = float(max(stack.up.shape[1] for stack in stacks.values()))
+    alpha = float(max((stack.up.shape[1] for stack in stacks.values()), default=1))
     for key, stack in sorted(stacks.items()):
+        layer, rank = spelled(key, base, names), stack.up.shape[1]
         # a reader multiplies by alpha / rank
-        up = (stack.up * (stack.up.shape[1] / alpha)).reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
-        for part, value in (("lora_up", up), ("lora_down", stack.down)):
-            cast = value.detach().cpu().to(dtype).contiguous()
-            if not torch.isfinite(cast).all():
-                raise BadInput(
-                    f"values of the merged LoRA do not fit {dtype_name or dtype}",
-                    key=f"{key}.{part}.weight",
-                    remedy="Save it as bf16 or fp32",
-                )
-            tensors[f"{key}.{part}.weight"] = cast
-        # fp32 whatever the rest is: bf16 cannot hold every rank above 256
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        up = stack.up * (rank / alpha if names == "kohya" else 1.0)
+        up = up.reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
+        for part, value in zip(FACTORS[names], (up, stack.down)):
+            tensors[f"{layer}.{part}.weight"] = _cast(f"{layer}.{part}.weight", value, dtype)
+        if names == "kohya":
+            # fp32 whatever the rest is: bf16 cannot hold every rank above 256
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.detach().cpu().to(dtype).contiguous()
+    if not torch.isfinite(cast).all():
+        short = next((short for short, known in DTYPES.items() if known == dtype), dtype)
+        raise BadInput(f"values of the merged LoRA do not fit {short}", key=name, remedy="Save it as bf16 or fp32")
+    return cast
+
+
+def _adapter_settings(stacks: Mapping[str, Stack], base: str) -> dict:
+    """PEFT's settings that say alpha = rank layer by layer, {} where the ranks of each part of the pipeline are equal.
+
+    Without them some versions of diffusers take one layer's rank for every alpha, or one rank for every projection.
+    """
+    parts: dict[str, dict[str, int]] = defaultdict(dict)
+    for key, stack in sorted(stacks.items()):
+        part, _, layer = spelled(key, base, "diffusers").partition(".")
+        # PEFT looks for these at the end of a name, and newer transformers have no text_model
+        parts[part][layer.removeprefix("text_model.")] = stack.up.shape[1]
+    if all(len(set(ranks.values())) == 1 for ranks in parts.values()):
+        return {}
+    settings = {}
+    for part, ranks in parts.items():
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        other = {layer: rank for layer, rank in ranks.items() if rank != usual}
+        fields = {"r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other}
+        settings |= {f"{part}.{field}": value for field, value in fields.items()}
+        settings[f"{part}.target_modules"] = list(ranks)
+    return settings
 
 
 def _ordered(data: bytes) -> bytes:
@@ -195,11 +256,22 @@ def _rename(part: Path, path: Path, overwrite: bool) -> None:
             os.close(folder)
 
 
-def _largest_error(stacks: Mapping[str, Stack], tensors: Mapping[str, Tensor]) -> float:
-    worst = 0.0
+def _largest_error(
+    stacks: Mapping[str, Stack],
+    tensors: Mapping[str, Tensor],
+    names: str,
+    base: str,
+    extra: Mapping[str, Tensor],
+) -> float:
+    pairs = [(tensors[name], value) for name, value in extra.items()]
     for key, stack in stacks.items():
-        scale = float(tensors[f"{key}.alpha"]) / stack.up.shape[1]
-        for part, wanted in (("lora_up", stack.up / scale), ("lora_down", stack.down)):
-            saved = tensors[f"{key}.{part}.weight"].float().reshape(wanted.shape)
-            worst = max(worst, float((saved - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
+        layer, (up, down) = spelled(key, base, names), FACTORS[names]
+        alpha = tensors.get(f"{layer}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / stack.up.shape[1]
+        pairs.append((tensors[f"{layer}.{up}.weight"], stack.up / scale))
+        pairs.append((tensors[f"{layer}.{down}.weight"], stack.down))
+    worst = 0.0
+    for saved, wanted in pairs:
+        error = (saved.float().reshape(wanted.shape) - wanted.float()).abs().max()
+        worst = max(worst, float(error / wanted.float().abs().max().clamp_min(1e-30)))
     return worst
