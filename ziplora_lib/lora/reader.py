@@ -1,6 +1,6 @@
-"""A LoRA file, read: file -> Lora. Kinds that are not read are refused by name, never skipped.
+"""A LoRA file, read: file -> Lora. What is not read is refused by name, never skipped.
 
-Spellings: kohya-ss (lora_up/lora_down/alpha), PEFT (lora_A/lora_B) and diffusers' older ones.
+Spellings: kohya-ss, LyCORIS, PEFT, diffusers (new and older ones), OneTrainer and ComfyUI; the kinds are in kinds.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,57 +19,68 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ziplora_lib.errors import BadInput
+from ziplora_lib.lora import kinds
 from ziplora_lib.lora.delta import LowRankDelta
-from ziplora_lib.lora.keys import is_unet, layer_key
+from ziplora_lib.lora.keys import layer_key
+from ziplora_lib.lora.kinds import DenseLayer
+from ziplora_lib.lora.vectors import Vectors
 
-# how a tensor's name ends -> which part of its layer it is
-PARTS = {
-    ".lora_up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".alpha": "alpha",
+# how a tensor's name ends -> which part of its layer it is, in LyCORIS' and the WebUI's words
+PARTS = {f".{part}": part for own in kinds.KINDS.values() for part in own} | {
+    f".{part}": part for part in kinds.MODIFIERS
 }
+PARTS |= {
+    ".lora_B.weight": "lora_up.weight",
+    ".lora_A.weight": "lora_down.weight",
+    ".lora_B.default.weight": "lora_up.weight",
+    ".lora_A.default.weight": "lora_down.weight",
+    ".lora_B.default.bias": "lora_B.bias",
+    ".lora.up.weight": "lora_up.weight",
+    ".lora.down.weight": "lora_down.weight",
+    "_lora.up.weight": "lora_up.weight",
+    "_lora.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+    ".lora_magnitude_vector.default.weight": "lora_magnitude_vector",
+    # what a merge keeps of its parents, beside what others read
+    ".ziplora_up": "ziplora_up",
+    ".ziplora_down": "ziplora_down",
+    ".ziplora_weight": "ziplora_weight",
+    ".ziplora_bias": "ziplora_bias",
+}
+# too short to tell a LoRA's tensor from any other
+_ONLY_WITH = {".weight": ".on_input"}
 
 # what a name holds -> the kind that it belongs to, which is not read
 UNREAD_KINDS = {
-    ".hada_w": "LoHa",
-    ".hada_t": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".boft_": "BOFT",
-    ".on_input": "IA3",
-    ".lora_mid.": "LoCon with a Tucker core (lora_mid)",
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".a1.weight": "GLoRA",
-    ".a2.weight": "GLoRA",
-    ".b1.weight": "GLoRA",
-    ".b2.weight": "GLoRA",
-    ".diff_b": "full difference with biases",
-    ".diff": "full difference",
-    ".w_norm": "norm layers",
-    ".b_norm": "norm layers",
-    "bundle_emb.": "bundled embeddings",
-    ".bias": "LoRA with biases",
-    ".scale": "LoRA with its own scale",
-    ".reshape_weight": "LoRA that reshapes the layer",
+    ".oft_R.": "PEFT's OFT",
+    ".ia3_l": "PEFT's (IA)³",
+    ".vera_lambda": "VeRA",
+    ".boft_": "PEFT's BOFT",
+    ".lambda_layer": "T-LoRA",
+    ".q_layer.": "T-LoRA",
+    ".p_layer.": "T-LoRA",
+    ".bias_indices": "LyCORIS' old sparse biases",
+    ".bias_values": "LyCORIS' old sparse biases",
+    ".bias_size": "LyCORIS' old sparse biases",
+    ".reshape_weight": "a LoRA that reshapes the layer",
+    ".set_weight": "weights to be set rather than added",
+    ".lokr_t1": "LoKr with two Tucker cores",
 }
+_BUNDLED = "bundle_emb."
 
 BASES = {"sdxl": "SDXL", "sd1": "SD 1.5", "sd2": "SD 2.x", "unknown": "unknown"}
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA as read: ΔW by layer key, what its metadata says, and where it came from."""
+    """A LoRA as read, by layer key, what its metadata says, and where it came from.
+
+    deltas: ΔW of the layers that are low rank by nature; dense: those that the host has to work out; vectors: what it adds
+    to norms and biases, in one row; embeddings: bundled textual inversions, by name; kinds: how many layers of each.
+    """
 
     name: str
     path: Path
@@ -79,6 +90,15 @@ class Lora:
     dtype: str = "F32"
     hash: str = ""
     base: str = "unknown"
+    dense: dict[str, DenseLayer] = field(default_factory=dict)
+    vectors: dict[str, Vectors] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The keys of all layers whose weight is changed."""
+        return sorted([*self.deltas, *self.dense])
 
     @property
     def ranks(self) -> list[int]:
@@ -86,36 +106,53 @@ class Lora:
         return sorted({d.rank for d in self.deltas.values()})
 
     def norm(self) -> float:
-        """‖ΔW‖_F over all layers."""
+        """‖ΔW‖_F over all layers that are known already."""
         return sum(d.norm() ** 2 for d in self.deltas.values()) ** 0.5
 
 
 def read(path: Path) -> Lora:
     """Reads a LoRA file whole, in the dtype it was saved in.
 
-    Raises BadInput for anything that is not a readable LoRA or LoCon: no such file, damaged, of another kind, an
+    Raises BadInput for anything that is not a readable LoRA: no such file, damaged, of a kind that is not read, an
     incomplete layer, values that are not finite.
     """
     path = Path(path)
     tensors, metadata = _tensors(path)
-    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    names: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        key, part = _parse(path, name)
-        if part in layers[key]:
-            raise BadInput(
-                f"layer '{key}' stands twice in the file",
-                file=path.name,
-                key=name,
-                remedy="Save the LoRA again with the tool that made it",
-            )
-        layers[key][part] = tensor
-        names[key][part] = name
+    embeddings: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name in [name for name in tensors if name.startswith(_BUNDLED)]:
+        own, _, part = name.removeprefix(_BUNDLED).partition(".")
+        embeddings[own][part] = tensors.pop(name)
+    grouped = _grouped(path, tensors)
+    base = _base(grouped, metadata)
     scales = _adapter_scales(path, metadata)
-    deltas = {key: _delta(path, names[key], parts, scales) for key, parts in sorted(layers.items())}
-    if not deltas:
+    layers: dict[str, _Layer] = {}
+    for layer in grouped.values():
+        key = layer_key(layer.name, base if base in BASES and base != "unknown" else "sdxl")
+        if key is None:
+            raise BadInput(
+                "names a layer of a model that is not Stable Diffusion",
+                file=path.name,
+                key=layer.first,
+                remedy="Pick a LoRA that was trained on the model that is loaded",
+            )
+        if key in layers:
+            raise layer.bad(
+                f"layer '{key}' stands twice in the file", "Save the LoRA again with the tool that made it", path
+            )
+        layers[key] = layer
+    deltas, dense, vectors, found = {}, {}, {}, Counter()
+    for key, layer in sorted(layers.items()):
+        kind, delta, vector = _read_layer(path, layer, scales)
+        found[kind] += 1
+        if isinstance(delta, LowRankDelta):
+            deltas[key] = delta
+        elif delta is not None:
+            dense[key] = delta
+        if vector is not None:
+            vectors[key] = vector
+    if not deltas and not dense and not vectors:
         raise BadInput("holds no LoRA layer", file=path.name, remedy="Pick a LoRA file")
-    dtypes = [str(parts["down"].dtype).removeprefix("torch.") for parts in layers.values()]
+    dtypes = [str(t.dtype).removeprefix("torch.") for layer in layers.values() for t in layer.main()]
     return Lora(
         name=path.stem,
         path=path,
@@ -124,7 +161,11 @@ def read(path: Path) -> Lora:
         sidecar=_sidecar(path),
         dtype=max(sorted(set(dtypes)), key=dtypes.count),
         hash=tensor_sha256(path),
-        base=_base(deltas, metadata),
+        base=base,
+        dense=dense,
+        vectors=vectors,
+        embeddings=dict(embeddings),
+        kinds=dict(found.most_common()),
     )
 
 
@@ -177,68 +218,155 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             ) from error
 
 
-def _parse(path: Path, name: str) -> tuple[str, str]:
-    """A tensor's name -> (layer key, part)."""
-    suffix = next((s for s in PARTS if name.endswith(s)), None)
-    kind = next((k for mark, k in UNREAD_KINDS.items() if mark in name), None)
-    if kind and not (suffix and kind == "LoRA with biases"):
-        raise BadInput(f"{kind}, not supported yet", file=path.name, key=name, remedy="Pick a LoRA or LoCon file")
-    if suffix is None:
-        raise BadInput(
-            "is no part of a LoRA that is known here",
-            file=path.name,
-            key=name,
-            remedy="Pick a LoRA file, not a checkpoint, embedding or VAE",
-        )
-    layer = name[: -len(suffix)]
-    if suffix.startswith("_lora."):
-        layer = layer.replace(".processor.", ".") + (".0" if layer.endswith("to_out") else "")
-    if layer.startswith(("lora_te_", "lora_te_text")):
+@dataclass
+class _Layer:
+    """A layer as the file spells it: its name, its parts, and the full name of each part's tensor."""
+
+    name: str
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.names.values()))
+
+    def main(self) -> list[Tensor]:
+        """The tensors that are not mere settings."""
+        return [t for part, t in self.parts.items() if part not in ("alpha", "scale", "on_input")]
+
+    def bad(self, problem: str, remedy: str, path: Path, part: str = "") -> BadInput:
+        return BadInput(problem, file=path.name, key=self.names.get(part, self.first), remedy=remedy)
+
+
+def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, _Layer]:
+    """The tensors by the layer that they belong to, as the file names it."""
+    layers: dict[str, _Layer] = {}
+    for name, tensor in tensors.items():
+        layer, part = _parse(path, name, tensors)
+        entry = layers.setdefault(layer, _Layer(layer))
+        if part in entry.parts:
+            raise BadInput(
+                f"part '{part}' of the layer stands twice in the file",
+                file=path.name,
+                key=name,
+                remedy="Save the LoRA again with the tool that made it",
+            )
+        entry.parts[part] = tensor
+        entry.names[part] = name
+    return layers
+
+
+def _parse(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """A tensor's name -> (the layer's name, part)."""
+    # the longest ending counts: .lora_B.bias is no .bias
+    for suffix in sorted((s for s in PARTS if name.endswith(s)), key=len, reverse=True):
+        if suffix in _ONLY_WITH and name.removesuffix(suffix) + _ONLY_WITH[suffix] not in tensors:
+            continue
+        layer = name[: -len(suffix)]
+        if suffix.startswith("_lora."):
+            layer = layer.replace(".processor.", ".") + (".0" if layer.endswith("to_out") else "")
         return layer, PARTS[suffix]
-    key = layer_key(layer)
-    if key is None:
-        raise BadInput(
-            "names a layer of a model that is not Stable Diffusion XL",
-            file=path.name,
-            key=name,
-            remedy="Pick a LoRA that was trained on SDXL",
-        )
-    return key, PARTS[suffix]
+    if kind := next((kind for mark, kind in UNREAD_KINDS.items() if mark in name), None):
+        raise BadInput(f"{kind}, not supported", file=path.name, key=name, remedy="Pick a LoRA of another kind")
+    raise BadInput(
+        "is no part of a LoRA that is known here",
+        file=path.name,
+        key=name,
+        remedy="Pick a LoRA file, not a checkpoint, embedding or VAE",
+    )
 
 
-def _delta(
-    path: Path, names: dict[str, str], parts: dict[str, Tensor], adapter_scale: Callable[[str, int], float | None]
-) -> LowRankDelta:
+def _read_layer(
+    path: Path, layer: _Layer, adapter_scale: Callable[[str, int], float | None]
+) -> tuple[str, LowRankDelta | DenseLayer | None, Vectors | None]:
+    """A layer's kind, what it does to the weight, and to the norm or bias."""
     damaged = "The file is damaged or unfinished: download or save it again"
-
-    def bad(problem: str, remedy: str = damaged, part: str = "down") -> BadInput:
-        return BadInput(problem, file=path.name, key=names.get(part, next(iter(names.values()))), remedy=remedy)
-
-    if "up" not in parts or "down" not in parts:
-        raise bad(f"the layer has no {'up' if 'up' not in parts else 'down'} part")
-    up, down = parts["up"], parts["down"]
-    if up.ndim not in (2, 4) or down.ndim not in (2, 4) or up.shape[2:].numel() != 1:
-        raise bad(f"factors of shape {list(up.shape)} and {list(down.shape)} are not those of a LoRA")
-    up = up.reshape(up.shape[:2])
-    if up.shape[1] != down.shape[0]:
-        raise bad(f"its factors do not fit: up has rank {up.shape[1]}, down has rank {down.shape[0]}")
-    if 0 in up.shape or 0 in down.shape:
-        raise bad("has no values (rank or width 0)")
-    alpha = parts.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise bad(f"alpha must be one number, but has shape {list(alpha.shape)}")
+    parts = dict(layer.parts)
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() and part != "alpha":
-            raise bad(f"holds {tensor.dtype}, not floating point numbers", part=part)
+        if not tensor.is_floating_point() and part not in ("alpha", "on_input"):
+            raise layer.bad(f"holds {tensor.dtype}, not floating point numbers", damaged, path, part)
         if not torch.isfinite(tensor.float()).all():
-            raise bad(
+            raise layer.bad(
                 "has values that are not finite (NaN or infinity)",
                 "The training of this LoRA failed: use another file or an earlier epoch",
+                path,
                 part,
             )
-    rank = down.shape[0]
-    scale = float(alpha) / rank if alpha is not None else adapter_scale(names["down"], rank)
-    return LowRankDelta(up, down, 1.0 if scale is None else scale)
+        if tensor.numel() == 0:
+            raise layer.bad("has no values (rank or width 0)", damaged, path, part)
+        if part in ("alpha", "scale", "on_input") and tensor.numel() != 1:
+            raise layer.bad(f"{part} must be one number, but has shape {list(tensor.shape)}", damaged, path, part)
+    if "ziplora_up" in parts or "ziplora_bias" in parts or "ziplora_weight" in parts:
+        return _own_layer(path, layer)
+    if "lora_magnitude_vector" in parts:  # PEFT's name; one norm an output
+        parts["dora_scale"] = parts.pop("lora_magnitude_vector").reshape(-1, 1)
+    kind = kinds.kind_of(parts)
+    if kind is None:
+        raise layer.bad(f"has {', '.join(parts)}, but nothing of a LoRA", damaged, path)
+    if lacking := kinds.missing(kind, parts):
+        raise layer.bad(f"the layer has no {lacking.removesuffix('.weight').removeprefix('lora_')} part", damaged, path)
+    if kind == "LoRA":
+        _check_lora(path, layer)
+    scale = float(parts["scale"]) if "scale" in parts else None
+    if scale is None and "alpha" not in parts:
+        scale = _outside_scale(layer, parts, adapter_scale)
+        if scale is not None and "dora_scale" in parts:  # for whoever works the layer out
+            rank = next(parts[p].shape[0] for p in ("lora_down.weight", "hada_w1_b", "lokr_w2_b") if p in parts)
+            parts["alpha"] = torch.tensor(scale * rank)
+    try:
+        delta = None if kind in ("norm", "bias") else kinds.read_layer(kind, parts, scale)
+    except RuntimeError as error:  # torch's word for factors that do not fit each other
+        shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in layer.parts.items())
+        raise layer.bad(f"its parts do not fit each other ({shapes})", damaged, path) from error
+    bias = parts.get("diff_b", parts.get("b_norm"))
+    if bias is None and "lora_B.bias" in parts:
+        bias = parts["lora_B.bias"] * (1.0 if not isinstance(delta, LowRankDelta) else delta.scale)
+    weight = parts.get("w_norm")
+    row = [None if t is None else t.reshape(1, -1) for t in (weight, bias)]
+    return _kind_name(kind, parts), delta, None if weight is None and bias is None else Vectors(*row)
+
+
+def _own_layer(path: Path, layer: _Layer) -> tuple[str, LowRankDelta | None, Vectors | None]:
+    """A layer of a merge whose parents' parts are kept beside what others read."""
+    parts, delta = layer.parts, None
+    if "ziplora_up" in parts:
+        if "ziplora_down" not in parts or parts["ziplora_up"].shape[-1] != parts["ziplora_down"].shape[0]:
+            raise layer.bad("its factors do not fit", "Another tool changed the file: merge again", path, "ziplora_up")
+        delta = LowRankDelta(parts["ziplora_up"], parts["ziplora_down"])
+    weight, bias = parts.get("ziplora_weight"), parts.get("ziplora_bias")
+    return "merged", delta, None if weight is None and bias is None else Vectors(weight, bias)
+
+
+def _kind_name(kind: str, parts: Mapping[str, Tensor]) -> str:
+    """A layer's kind in the words that users know."""
+    kernel = any(t.ndim == 4 and t.shape[2:].numel() > 1 for part, t in parts.items() if part != "dora_scale")
+    return kind.replace("LoRA", "LoCon") if kernel and kind in ("LoRA", "DoRA of LoRA") else kind
+
+
+def _check_lora(path: Path, layer: _Layer) -> None:
+    """Refuses up and down factors that are none, with both shapes."""
+    damaged = "The file is damaged or unfinished: download or save it again"
+    up, down = layer.parts["lora_up.weight"], layer.parts["lora_down.weight"]
+    if up.ndim not in (2, 4) or down.ndim not in (2, 4) or up.shape[2:].numel() != 1:
+        raise layer.bad(
+            f"factors of shape {list(up.shape)} and {list(down.shape)} are not those of a LoRA",
+            damaged,
+            path,
+            "lora_down.weight",
+        )
+    if "lora_mid.weight" not in layer.parts and up.shape[1] != down.shape[0]:
+        raise layer.bad(
+            f"its factors do not fit: up has rank {up.shape[1]}, down has rank {down.shape[0]}",
+            damaged,
+            path,
+            "lora_down.weight",
+        )
+
+
+def _outside_scale(layer: _Layer, parts: Mapping[str, Tensor], adapter_scale) -> float | None:
+    """The scale that PEFT's settings give, for a layer that has no alpha."""
+    part = next((p for p in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if p in layer.parts), None)
+    return None if part is None else adapter_scale(layer.names[part], layer.parts[part].shape[0])
 
 
 def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float | None]:
@@ -254,13 +382,13 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int]
     def scale(name: str, rank: int) -> float | None:
         parts = ("unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
         part = next((p for p in parts if name.startswith(p)), "")
-        layer = name[len(part) :].split(".lora_")[0]
+        layer = re.split(r"\.(?:lora|hada|lokr)_", name[len(part) :])[0]
         # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
         patterns = settings.get(f"{part}alpha_pattern")
         patterns = patterns if isinstance(patterns, dict) else {}
         try:
             own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-            alpha = next(own, settings.get(f"{part}lora_alpha"))
+            alpha = next(own, settings.get(f"{part}lora_alpha", settings.get(f"{part}alpha")))
             found = None if alpha is None else float(alpha)
         except (ValueError, TypeError, re.error):
             found = float("nan")
@@ -306,19 +434,40 @@ _NOT_SDXL = (
     "lora_unet_output_blocks_9_",
     "lora_unet_output_blocks_10_",
     "lora_unet_output_blocks_11_",
-    "lora_te_",
 )
+# an encoder without a number is the only one; and the widths of SD 1.x's and SD 2.x's
+_ONE_ENCODER = ("lora_te_", "oft_te_", "lycoris_te_")
+_ENCODER_WIDTH = {768: "sd1", 1024: "sd2"}
+# how ss_base_model_version begins
+_VERSIONS = {"sdxl": "sdxl", "sd_v1": "sd1", "sd_v2": "sd2"}
 
 
-def _base(deltas: dict[str, LowRankDelta], metadata: dict[str, str]) -> str:
+def _base(layers: Mapping[str, _Layer], metadata: dict[str, str]) -> str:
     """Which base model the LoRA was trained on, from its layers first and its metadata where they do not say."""
-    widths = {d.shape[1] for key, d in deltas.items() if is_unet(key) and key.endswith(("attn2_to_k", "attn2_to_v"))}
+    keys = {layer_key(name): layer for name, layer in layers.items()}
+    widths = {_columns(layer) for key, layer in keys.items() if key and key.endswith(("attn2_to_k", "attn2_to_v"))}
     by_width = {_CONTEXT_WIDTH[w] for w in widths if w in _CONTEXT_WIDTH}
     if len(by_width) == 1:
         return by_width.pop()
-    if any(key.startswith(_NOT_SDXL) for key in deltas):
+    single = [layer for name, layer in layers.items() if name.startswith(_ONE_ENCODER)]
+    if single or any(key.startswith(_NOT_SDXL) for key in keys if key):
+        encoder = {_ENCODER_WIDTH.get(_columns(layer)) for layer in single} - {None}
+        if len(encoder) == 1:
+            return encoder.pop()
         return "sd2" if metadata.get("ss_v2") == "True" else "sd1"
-    if any(key.startswith("lora_te2_") for key in deltas):
+    if any(key.startswith("lora_te2_") for key in keys if key):
         return "sdxl"
     version = metadata.get("ss_base_model_version", "")
-    return "sdxl" if version.startswith("sdxl") else "sd1" if version.startswith("sd_v1") else "unknown"
+    return next((b for start, b in _VERSIONS.items() if version.startswith(start)), "unknown")
+
+
+def _columns(layer: _Layer) -> int | None:
+    """How many inputs the layer has, as far as its parts tell."""
+    parts = layer.parts
+    for part in ("lora_down.weight", "ziplora_down", "diff", "hada_w1_b"):
+        if part in parts and parts[part].ndim >= 2:
+            return parts[part].shape[1]
+    halves = [next((parts[p] for p in (f"lokr_w{n}", f"lokr_w{n}_b") if p in parts), None) for n in (1, 2)]
+    if all(half is not None and half.ndim >= 2 for half in halves):
+        return halves[0].shape[1] * halves[1].shape[1]
+    return None
