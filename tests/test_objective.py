@@ -23,7 +23,7 @@ def columns(sizes=(2, 1)):
     s = [torch.tensor([[2.0, -1.0], [5.0, 0.0]]), torch.tensor([[0.0], [4.0]])]
     flat = [torch.cat(parts, dim=1) for parts in (c, s)]
     grams = torch.stack([torch.stack([(a * b).sum(0) for b in flat]) for a in flat])
-    return c, s, Columns(grams, list(sizes))
+    return c, s, Columns(grams, list(sizes), torch.ones(2, grams.shape[-1]))
 
 
 M = torch.tensor([[1.0, 0.5, 2.0], [-1.0, 2.0, 0.25]])
@@ -120,7 +120,7 @@ def test_retained_energy_by_hand():
 @pytest.mark.parametrize("penalty", [overlap, cosine, product])
 def test_every_penalty_is_differentiable_and_agrees_with_finite_differences(penalty):
     _, _, known = columns()
-    known = Columns(known.grams.double(), known.sizes)
+    known = Columns(known.grams.double(), known.sizes, known.present)
     m = torch.tensor([[1.0, 0.5, 2.0], [-0.9, 2.1, 0.25]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: penalty(m, known), (m,))
 
@@ -139,11 +139,11 @@ def test_no_penalty_fails_at_zero(penalty):
 def test_three_loras_are_all_pairs(penalty):
     generator = torch.Generator().manual_seed(0)
     deltas = torch.randn(3, 5, 3, generator=generator)
-    known = Columns(torch.einsum("ioc,koc->ikc", deltas, deltas), [2, 1])
+    known = Columns(torch.einsum("ioc,koc->ikc", deltas, deltas), [2, 1], torch.ones(3, 3))
     m = torch.randn(3, 3, generator=generator)
 
     def of(*pair):
-        return float(penalty(m[list(pair)], Columns(known.grams[list(pair)][:, list(pair)], known.sizes)))
+        return float(penalty(m[list(pair)], Columns(known.grams[list(pair)][:, list(pair)], known.sizes, torch.ones(2, 3))))
 
     if penalty is overlap:
         inner = {(i, k): float(known.grams[i, k].abs().sum()) for i, k in ((0, 1), (0, 2), (1, 2))}

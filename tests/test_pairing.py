@@ -60,32 +60,36 @@ def test_layers_that_neither_the_model_nor_both_files_agree_on_are_refused():
 
 def test_a_layer_of_another_width_is_refused_with_file_and_key():
     wrong = lora("dog", {Q: 2}, shape=(6, 9))
-    for attempt in (lambda: pair([wrong], [1], SHAPES), lambda: refuse_unfit(wrong, SHAPES, "the model")):
+    for attempt in (lambda: pair([wrong], [1], SHAPES), lambda: refuse_unfit(wrong, SHAPES, "the model", "sdxl")):
         with pytest.raises(BadInput, match=r"\[6, 9\].*\[6, 8\]") as caught:
             attempt()
         assert (caught.value.file, caught.value.key) == ("dog.safetensors", Q)
         assert caught.value.remedy
 
 
-@pytest.mark.parametrize(("base", "word"), [("sd1", "SD 1.5"), ("sd2", "SD 2")])
-def test_a_lora_for_another_base_is_refused_even_if_it_would_fit(base, word):
-    with pytest.raises(BadInput, match=word) as caught:
-        refuse_unfit(lora("dog", {Q: 2}, base=base), SHAPES, "the model")
+@pytest.mark.parametrize(
+    ("base", "word", "wanted", "wanted_word"),
+    [("sd1", "SD 1.5", "sdxl", "SDXL"), ("sd2", "SD 2", "sdxl", "SDXL"), ("sdxl", "SDXL", "sd1", "SD 1.5")],
+)
+def test_a_lora_for_another_base_is_refused_even_if_it_would_fit(base, word, wanted, wanted_word):
+    with pytest.raises(BadInput, match=f"{word}.*the model is {wanted_word}") as caught:
+        refuse_unfit(lora("dog", {Q: 2}, base=base), SHAPES, "the model", wanted)
     assert caught.value.file == "dog.safetensors"
     assert caught.value.key == Q
-    assert "SDXL" in caught.value.remedy
+    assert wanted_word in caught.value.remedy
 
 
 @pytest.mark.parametrize("ranks", [{MISSING: 2}, {TEXT: 2}, {MISSING: 1, TEXT: 1}])
 def test_a_lora_without_one_unet_layer_of_the_model_is_refused(ranks):
     with pytest.raises(BadInput, match="none of its") as caught:
-        refuse_unfit(lora("flux", ranks, base="unknown"), SHAPES, "the model")
+        refuse_unfit(lora("flux", ranks, base="unknown"), SHAPES, "the model", "sdxl")
     assert caught.value.key in ranks
 
 
 def test_a_lora_that_fits_is_not_refused():
-    refuse_unfit(lora("dog", SUBJECT), SHAPES, "the model")
-    refuse_unfit(lora("dog", {Q: 1}, base="unknown"), SHAPES, "the model")
+    refuse_unfit(lora("dog", SUBJECT), SHAPES, "the model", "sdxl")
+    refuse_unfit(lora("dog", SUBJECT, base="sd1"), SHAPES, "the model", "sd1")
+    refuse_unfit(lora("dog", {Q: 1}, base="unknown"), SHAPES, "the model", "sdxl")
     assert unmatched(lora("dog", SUBJECT), SHAPES) == [MISSING]
 
 

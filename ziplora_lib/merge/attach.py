@@ -15,13 +15,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ziplora_lib.lora.stack import Stack
+from ziplora_lib.lora.vectors import Vectors
 
 HEADS = ("q", "k", "v", "out")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer key lives in a model: a Linear or Conv2d, or one projection of a MultiheadAttention."""
+    """Where a layer key lives in a model: a Linear, Conv2d or norm, or one projection of a MultiheadAttention."""
 
     module: nn.Module
     head: str | None = None
@@ -32,6 +33,13 @@ class Slot:
         if self.head is None:
             return tuple(self.module.weight.shape)
         return (self.module.embed_dim, self.module.embed_dim)
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight, of `shape`."""
+        if self.head in (None, "out"):
+            return self.module.weight if self.head is None else self.module.out_proj.weight
+        return self.module.in_proj_weight.chunk(3)[HEADS.index(self.head)]
 
 
 class Router:
@@ -79,14 +87,43 @@ class Router:
         up = stack.up.to(x.dtype)
         return F.conv2d(hidden, up[:, :, None, None]) if down.ndim == 4 else F.linear(hidden, up)
 
+    def offset(self, vectors: Vectors, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What the routed LoRAs' norm weights and biases add to this layer's output for input x; None if nothing."""
+        if self.route is None:
+            return None
+        # channels are last, but for convolutions and group norms
+        first = isinstance(module, nn.Conv2d | nn.GroupNorm)
+
+        def routed(rows: Tensor) -> Tensor:
+            """(P, n) -> (B or 1, …, n, …), over the dimensions of the layer's output."""
+            values = (self.route.to(x.device) @ rows).to(x.dtype)
+            between, after = (0, x.ndim - 2) if first else (x.ndim - 2, 0)
+            return values.reshape(len(values), *[1] * between, -1, *[1] * after)
+
+        added = None if vectors.bias is None else routed(vectors.bias)
+        if vectors.weight is None:
+            return added
+        # a norm is linear in its weight and bias
+        if isinstance(module, nn.GroupNorm):
+            normed = F.group_norm(x.float(), module.num_groups, eps=module.eps)
+        else:
+            normed = F.layer_norm(x.float(), module.normalized_shape, eps=module.eps)
+        scaled = normed.to(x.dtype) * routed(vectors.weight)
+        return scaled if added is None else scaled + added
+
 
 @contextmanager
-def attach(slots: Mapping[str, Slot], stacks: Mapping[str, Stack]) -> Iterator[Router]:
-    """Attaches the stacks to the model's layers; yields the Router that says which LoRAs take part.
+def attach(
+    slots: Mapping[str, Slot], stacks: Mapping[str, Stack], vectors: Mapping[str, Vectors] | None = None
+) -> Iterator[Router]:
+    """Attaches the stacks, and what goes to norms and biases, to the model; yields the Router: which LoRAs take part.
 
     Layers without a slot are left out. The factors are moved to each module's device. Exit removes every hook.
     """
-    router = Router(len(next(iter(stacks.values())).ranks))
+    vectors = vectors or {}
+    parents = [len(stack.ranks) for stack in stacks.values()]
+    parents += [len(rows) for v in vectors.values() for rows in (v.weight, v.bias) if rows is not None]
+    router = Router(parents[0])
     heads: dict[nn.MultiheadAttention, dict[str, tuple[str, Stack, Slot]]] = {}
     undo = []
     try:
@@ -99,6 +136,10 @@ def attach(slots: Mapping[str, Slot], stacks: Mapping[str, Stack]) -> Iterator[R
                 heads.setdefault(slot.module, {})[slot.head] = (key, stack, slot)
         for attention, layers in heads.items():
             undo.append(_replace_forward(attention, router, layers))
+        for key, added in vectors.items():
+            slot = slots.get(key)
+            if slot is not None and slot.head is None:
+                undo.append(slot.module.register_forward_hook(_vector_hook(router, added)).remove)
         yield router
     finally:
         for remove in reversed(undo):
@@ -120,6 +161,20 @@ def _hook(router: Router, key: str, stack: Stack, slot: Slot):
         return None if added is None else output + added.to(output.dtype)
 
     return add_delta
+
+
+def _vector_hook(router: Router, vectors: Vectors):
+    cached = [vectors]
+
+    def add_vectors(module, args, output):
+        x = args[0]
+        rows = cached[0].weight if cached[0].bias is None else cached[0].bias
+        if rows.device != output.device:
+            cached[0] = cached[0].to(output.device)
+        added = router.offset(cached[0], module, x if cached[0].weight is not None else output)
+        return None if added is None else output + added.to(output.dtype)
+
+    return add_vectors
 
 
 def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: Mapping[str, tuple[str, Stack, Slot]]):

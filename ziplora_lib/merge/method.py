@@ -19,13 +19,15 @@ Callback = Callable[[dict], Any]
 class Sample:
     """A calibration sample: a noised latent, the prompt, and what the model predicts for it.
 
-    parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; cond: the prompt as the merged LoRA will read it;
-    target: the prediction with that LoRA alone; bare: without any. Tensors other than cond lie on the CPU in fp32.
+    parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; text: the prompt; cond: the prompt as the plain
+    sum of the LoRAs reads it; target: the prediction with that LoRA alone; bare: without any. Tensors other than cond lie
+    on the CPU in fp32.
     """
 
     parent: int
     x: Tensor
     t: Tensor
+    text: str
     cond: Any
     target: Tensor
     bare: Tensor

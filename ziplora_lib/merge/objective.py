@@ -34,11 +34,21 @@ def l2_error(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
 class Columns:
     """What the penalties know of the learned layers, all columns in one row.
 
-    grams: (P, P, M) inner products of the LoRAs' columns; sizes: columns a layer, in order, summing to M.
+    grams: (P, P, M) inner products of the LoRAs' columns; sizes: columns a layer, in order, summing to M; present: (P, M),
+    whether a LoRA has that layer at all.
     """
 
     grams: Tensor
     sizes: list[int]
+    present: Tensor
+
+    def own(self, m: Tensor, i: int) -> Tensor:
+        """LoRA i's coefficients of the layers that it has. m: (P, M)"""
+        return m[i][self.present[i]]
+
+    def mean_abs(self, m: Tensor) -> list[float]:
+        """Mean |m| of every LoRA. m: (P, M)"""
+        return ((m.abs() * self.present).sum(1) / self.present.sum(1).clamp_min(1)).tolist()
 
 
 def overlap(m: Tensor, columns: Columns) -> Tensor:
@@ -50,13 +60,15 @@ def overlap(m: Tensor, columns: Columns) -> Tensor:
 
 
 def cosine(m: Tensor, columns: Columns) -> Tensor:
-    """Σ_layers |cos(m_c, m_s)|: the paper's prose, and its stopping rule. m: (P, M) -> ()"""
+    """Σ_layers |cos(m_c, m_s)|, over all pairs of LoRAs: the paper's prose, and its stopping rule. m: (P, M) -> ()"""
+    m = m * columns.present
     parts = [torch.nn.functional.normalize(part, dim=1) for part in m.split(columns.sizes, dim=1)]
     return sum((part @ part.T).triu(diagonal=1).abs().sum() for part in parts)
 
 
 def product(m: Tensor, columns: Columns) -> Tensor:
-    """Σ_layers Σ_j |m_c[j] m_s[j]|: Eq. 3's last term, letter by letter. m: (P, M) -> ()"""
+    """Σ_layers Σ_j |m_c[j] m_s[j]|, over all pairs of LoRAs: Eq. 3's last term. m: (P, M) -> ()"""
+    m = m * columns.present
     return sum((m[i] * m[k]).abs().sum() for i in range(len(m)) for k in range(i))
 
 

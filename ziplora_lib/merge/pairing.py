@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,40 +11,48 @@ from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.keys import is_unet
 from ziplora_lib.lora.reader import BASES, Lora
 from ziplora_lib.lora.stack import Stack
+from ziplora_lib.lora.vectors import Vectors
+
+# one LoRA this many times as strong as another is worth a word
+UNEQUAL = 5
 
 
 @dataclass(frozen=True)
 class Pairing:
     """The parents' layers side by side.
 
-    stacks: every layer of any parent, strengths included; learned: the UNet layers that all parents have, whose
-    coefficients are learned; alone: per parent, the UNet layers that not all have and that keep their strength; text: the
-    text encoders' layers, which are summed.
+    stacks: every layer of any parent, strengths included; learned: the layers whose coefficients are learned, in order;
+    vectors: what they add to norms and biases, strengths included, which is summed.
     """
 
     stacks: dict[str, Stack]
     learned: list[str]
-    alone: list[list[str]]
-    text: list[str]
+    vectors: dict[str, Vectors]
 
 
-def pair(loras: Sequence[Lora], strengths: Sequence[float], shapes: Mapping[str, tuple[int, ...]]) -> Pairing:
-    """Stacks the LoRAs layer by layer, in the order given.
+def pair(
+    loras: Sequence[Lora],
+    strengths: Sequence[float],
+    shapes: Mapping[str, tuple[int, ...]],
+    learn_text: bool = False,
+) -> Pairing:
+    """Stacks the LoRAs layer by layer, in the order given. Their dense layers are to be worked out before.
 
     shapes: each layer key's weight shape in the model, (out, in…); a layer that the model lacks keeps the shape of its
-    file. Raises BadInput, with file and key, where a layer does not fit the model or the other LoRA.
+    file. learn_text: the text encoders' layers are learned too. Raises BadInput, with file and key, where a layer does not
+    fit the model or the other LoRA.
     """
     stacks: dict[str, Stack] = {}
     for key in sorted(set().union(*(lora.deltas for lora in loras))):
         shape = shapes.get(key) or next(lora.deltas[key].shape for lora in loras if key in lora.deltas)
         stacks[key] = Stack.of([_fitted(lora, key, shape, w) for lora, w in zip(loras, strengths)])
-    unet = [key for key in stacks if is_unet(key)]
-    return Pairing(
-        stacks=stacks,
-        learned=[key for key in unet if all(stacks[key].ranks)],
-        alone=[[key for key in unet if stacks[key].ranks[i] and not all(stacks[key].ranks)] for i in range(len(loras))],
-        text=[key for key in stacks if not is_unet(key)],
-    )
+    vectors = {
+        key: Vectors.of([lora.vectors.get(key) for lora in loras], strengths)
+        for key in sorted(set().union(*(lora.vectors for lora in loras)))
+    }
+    # what the model does not have cannot be learned; it is summed, as the text encoders are
+    learned = [key for key in stacks if key in shapes and (learn_text or is_unet(key))]
+    return Pairing(stacks, learned, vectors)
 
 
 def _fitted(lora: Lora, key: str, shape: tuple[int, ...], strength: float) -> LowRankDelta | None:
@@ -62,76 +71,144 @@ def _fitted(lora: Lora, key: str, shape: tuple[int, ...], strength: float) -> Lo
 
 
 def unmatched(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The layers of a LoRA that the model does not have; the saved file keeps them."""
-    return [key for key in lora.deltas if key not in shapes]
+    """The layers of a LoRA that the model does not have."""
+    return [key for key in (*lora.layers, *lora.vectors) if key not in shapes]
 
 
-def refuse_unfit(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
-    """Raises BadInput if a LoRA is for another base model, or none of its layers is in this one."""
-    if lora.base not in ("sdxl", "unknown"):
+def refuse_unfit(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str, base: str) -> None:
+    """Raises BadInput if a LoRA is for another base than the model's, or none of its layers is in the model."""
+    remedy = f"Pick a LoRA that was trained on {BASES[base]}"
+    if lora.base not in (base, "unknown"):
         raise BadInput(
-            f"is a LoRA for {BASES[lora.base]}, but {model} is SDXL",
+            f"is a LoRA for {BASES[lora.base]}, but {model} is {BASES[base]}",
             file=lora.path.name,
-            key=next(iter(lora.deltas)),
-            remedy="Pick a LoRA that was trained on SDXL",
+            key=next(iter([*lora.layers, *lora.vectors])),
+            remedy=remedy,
         )
     missing = unmatched(lora, shapes)
-    if not any(is_unet(key) and key in shapes for key in lora.deltas):
+    if len(missing) == len(lora.layers) + len(lora.vectors):
         raise BadInput(
-            f"none of its {len(lora.deltas)} layers is a UNet layer of {model}",
+            f"none of its {len(missing)} layers is a layer of {model}",
             file=lora.path.name,
-            key=(missing or list(lora.deltas))[0],
-            remedy="Pick a LoRA that was trained on SDXL",
+            key=missing[0],
+            remedy=remedy,
         )
     for key in lora.deltas:
         if key in shapes:
             _fitted(lora, key, shapes[key], 1.0)
+    for key, vectors in lora.vectors.items():
+        if key in shapes and vectors.size != shapes[key][0]:
+            raise BadInput(
+                f"made for a layer of {vectors.size} outputs, but the model's has {shapes[key][0]}",
+                file=lora.path.name,
+                key=key,
+                remedy=f"This LoRA belongs to another base model ({BASES[lora.base]})",
+            )
 
 
-def report(loras: Sequence[Lora], pairing: Pairing, shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """What the preflight shows: per parent its layers, ranks and norm; what is learned; warnings in words."""
+def equalising(norms: Sequence[float]) -> list[float]:
+    """The factors that bring ‖ΔW‖ of every LoRA to their geometric mean; 1 for a LoRA that is zero."""
+    known = [norm for norm in norms if norm > 0]
+    mean = math.exp(sum(map(math.log, known)) / max(len(known), 1))
+    return [mean / norm if norm > 0 else 1.0 for norm in norms]
+
+
+def norm_warnings(loras: Sequence[Lora], strengths: Sequence[float]) -> list[str]:
+    """What is to be said of the LoRAs' norms: zeros, and one that is far stronger than another."""
+    norms = [lora.norm() * abs(w) for lora, w in zip(loras, strengths)]
+    said = [f"{lora.name} changes nothing: all its values are zero" for lora, n in zip(loras, norms) if n == 0]
+    if said or max(norms) <= UNEQUAL * min(norms):
+        return said
+    strongest, weakest = (loras[norms.index(pick(norms))].name for pick in (max, min))
+    even = ", ".join(f"{lora.name} {w * f:.2g}" for lora, w, f in zip(loras, strengths, equalising(norms)))
+    return [
+        f"{strongest} is {max(norms) / min(norms):.0f} times as strong as {weakest}. The strengths that would make them "
+        f"even: {even}; equal_norms sets them"
+    ]
+
+
+def report(
+    loras: Sequence[Lora],
+    strengths: Sequence[float],
+    shapes: Mapping[str, tuple[int, ...]],
+    learn_text: bool = False,
+    dense_rank: int | None = None,
+) -> dict:
+    """What the preflight shows: per parent its kinds, layers, ranks and norm; what is learned; warnings in words.
+
+    dense_rank: the largest rank of what is not low rank by nature; None keeps it whole.
+    """
     warnings = []
+    keys = sorted(set().union(*(lora.layers for lora in loras)))
+    have = {key: [key in lora.deltas or key in lora.dense for lora in loras] for key in keys}
     for i, lora in enumerate(loras):
         if missing := unmatched(lora, shapes):
+            lost = [key for key in missing if key in lora.dense]
             warnings.append(
-                f"{lora.name}: {len(missing)} of {len(lora.deltas)} layers are not in this model. They are "
-                f"kept in the file but were not learned: {', '.join(missing[:3])}" + (" …" if len(missing) > 3 else "")
+                f"{lora.name}: {_some(missing)} of {len(lora.layers)} are not in this model"
+                + (f"; {len(lost)} of them cannot be kept, since their ΔW depends on the model" if lost else "")
+                + ("; the rest is kept in the file but not learned" if len(lost) < len(missing) else "")
             )
-        if pairing.alone[i]:
-            warnings.append(f"{len(pairing.alone[i])} UNet layers are in {lora.name} alone; they keep its strength")
+        alone = [key for key in keys if is_unet(key) and have[key][i] and sum(have[key]) == 1]
+        if alone and len(alone) < len(keys):
+            warnings.append(f"{len(alone)} UNet layers are in {lora.name} alone")
         if lora.base == "unknown":
             warnings.append(f"{lora.name} does not say which base model it was made for; its layers fit this one")
-    if pairing.text:
-        warnings.append(f"{len(pairing.text)} text encoder layers are summed, not learned")
-    norms = [lora.norm() for lora in loras]
-    for lora, norm in zip(loras, norms):
-        if norm == 0:
-            warnings.append(f"{lora.name} changes nothing: all its values are zero")
-    if min(norms) > 0 and max(norms) / min(norms) > 5:
-        warnings.append(
-            f"{loras[norms.index(max(norms))].name} is {max(norms) / min(norms):.0f} times as strong as the "
-            "other; a lower strength for it may balance the picture"
-        )
-    if not pairing.learned:
-        warnings.append("the LoRAs share no UNet layer: there is nothing to learn, and the result is their plain sum")
+        if lora.dense and dense_rank is not None:
+            warnings.append(
+                f"{lora.name}: {len(lora.dense)} layers ({_kinds(lora)}) have no factors of their own; they are brought to "
+                f"rank {dense_rank} or less, and what that loses is said afterwards"
+            )
+        if lora.embeddings:
+            warnings.append(f"{lora.name} brings embeddings ({', '.join(lora.embeddings)}), which go into the new file")
+    text = sum(not is_unet(key) for key in keys)
+    if text and not learn_text:
+        warnings.append(f"{text} text encoder layers are summed, not learned")
+    if vectors := set().union(*(lora.vectors for lora in loras)):
+        warnings.append(f"{len(vectors)} norms and biases are summed: they have no columns to learn")
+    warnings += norm_warnings(loras, strengths) if not any(lora.dense for lora in loras) else []
+    learned = [key for key in keys if key in shapes and (learn_text or is_unet(key))]
+    if not any(sum(have[key]) > 1 for key in learned):
+        warnings.append("the LoRAs share no UNet layer")
     return {
         "parents": [
             {
                 "name": lora.name,
                 "file": lora.path.name,
                 "base": BASES[lora.base],
-                "layers": len(lora.deltas),
-                "matched": len(lora.deltas) - len(unmatched(lora, shapes)),
+                "kinds": lora.kinds,
+                "layers": len(lora.layers),
+                "matched": len(lora.layers) - sum(key not in shapes for key in lora.layers),
                 "ranks": lora.ranks,
                 "dtype": lora.dtype,
-                "norm": norm,
+                "norm": None if lora.dense else lora.norm(),
             }
-            for lora, norm in zip(loras, norms)
+            for lora in loras
         ],
-        "learned_layers": len(pairing.learned),
-        "learned_coefficients": sum(pairing.stacks[key].columns for key in pairing.learned) * len(loras),
-        "alone_layers": [len(keys) for keys in pairing.alone],
-        "text_layers": len(pairing.text),
-        "values": sum(s.up.numel() + s.down.numel() for s in pairing.stacks.values()),
+        "learned_layers": len(learned),
+        "learned_coefficients": sum(sum(have[key]) * math.prod(shapes[key][1:]) for key in learned),
+        "shared_layers": sum(all(have[key]) for key in keys if is_unet(key)),
+        "text_layers": text,
+        "vectors": len(vectors),
+        "values": sum(_values(lora, key, shapes, dense_rank) for lora in loras for key in lora.layers),
         "warnings": warnings,
     }
+
+
+def _some(keys: Sequence[str]) -> str:
+    return f"{len(keys)} layers ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
+
+
+def _kinds(lora: Lora) -> str:
+    return ", ".join(dict.fromkeys(layer.kind for layer in lora.dense.values()))
+
+
+def _values(lora: Lora, key: str, shapes: Mapping[str, tuple[int, ...]], dense_rank: int | None) -> int:
+    """How many numbers a LoRA's factors of a layer take in the merged file."""
+    if key in lora.deltas:
+        return lora.deltas[key].up.numel() + lora.deltas[key].down.numel()
+    if key not in shapes:
+        return 0
+    out, columns = shapes[key][0], math.prod(shapes[key][1:])
+    full = min(out, columns)
+    return (full if dense_rank is None else min(full, dense_rank)) * (out + columns)

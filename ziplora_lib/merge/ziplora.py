@@ -29,7 +29,7 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     objective = OBJECTIVES[settings.objective]
     columns = learned_columns(pairing, calibration.device)
     if not columns.grams.any():
-        raise MergeFailed("Both LoRAs are zero on the layers they share: there is nothing to learn.")
+        raise MergeFailed("The LoRAs are zero on the layers they share: there is nothing to learn.")
     parents = len(columns.grams)
     shape = (parents, columns.grams.shape[-1])
     m = torch.full(shape, settings.start, device=calibration.device, requires_grad=True)
@@ -62,7 +62,7 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
             "errors": errors,
             "penalty": float(penalty.detach()),
             "data_gradient": data_gradient,
-            "mean_m": m.detach().abs().mean(1).tolist(),
+            "mean_m": columns.mean_abs(m.detach()),
             "retained": retained_energy(m.detach(), columns),
         }
         last = step == settings.steps
@@ -84,7 +84,8 @@ def learned_columns(pairing: Pairing, device: str = "cpu") -> Columns:
     """The learned layers' columns in one row, for the penalties and the summary."""
     stacks = [pairing.stacks[key] for key in pairing.learned]
     grams = torch.cat([s.column_grams() for s in stacks], dim=-1)
-    return Columns(grams.to(device), [s.columns for s in stacks])
+    present = torch.cat([torch.tensor(s.ranks)[:, None].gt(0).expand(-1, s.columns) for s in stacks], dim=-1)
+    return Columns(grams.to(device), [s.columns for s in stacks], present.to(device))
 
 
 def by_layer(m: Tensor, pairing: Pairing, columns: Columns) -> dict[str, Tensor]:
@@ -156,14 +157,13 @@ def _finished(pairing, columns, m, step, errors, summed, history, stopped) -> Me
     for key, values in coefficients.items():
         stacks[key] = stacks[key].merged(values)
     retained = retained_energy(m, columns)
+    own = [columns.own(m, i) for i in range(len(m))]
+    measures = {"mean": torch.mean, "std": torch.std, "min": torch.amin, "max": torch.amax}
     summary = {
         "method": "ziplora",
         "best_step": step,
-        "coefficients": m.numel(),
-        "mean": m.mean(1).tolist(),
-        "std": m.std(1).tolist(),
-        "min": m.amin(1).tolist(),
-        "max": m.amax(1).tolist(),
+        "coefficients": int(columns.present.sum()),
+        **{name: [float(f(row)) if len(row) else 0.0 for row in own] for name, f in measures.items()},
         "retained": retained,
         "error": errors,
         "error_plain_sum": summed,
@@ -172,7 +172,7 @@ def _finished(pairing, columns, m, step, errors, summed, history, stopped) -> Me
     if not torch.isfinite(m).all():
         raise MergeFailed("The coefficients are not finite. Lower the learning rate.")
     remedy = "Lower lam, or use the default objective"
-    if retained < COLLAPSED or float(m.abs().mean(1).min()) < SWITCHED_OFF:
+    if retained < COLLAPSED or min(columns.mean_abs(m)) < SWITCHED_OFF:
         warnings.append(f"the run collapsed: only {retained:.0%} of the plain sum's strength is left. {remedy}")
     elif history[-1]["retained"] < COLLAPSED or min(history[-1]["mean_m"]) < SWITCHED_OFF:
         warnings.append(f"the run collapsed after step {step}, whose coefficients were kept. {remedy}")
