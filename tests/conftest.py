@@ -69,6 +69,17 @@ def pair_files(layers, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def third_file(layers, tmp_path_factory):
+    """Another subject beside `pair_files`: attention layers alone, another rank."""
+    from loras import kohya_name, write_lora
+
+    shapes = {
+        kohya_name(part, name): shape for (part, name), shape in layers.items() if part == "unet" and "attn" in name
+    }
+    return write_lora(tmp_path_factory.mktemp("third") / "third.safetensors", shapes, rank=2, seed=3, size=0.3)
+
+
 @pytest.fixture
 def recipe_of(pair_files):
     """recipe_of(**fields): a small recipe for the pair."""

@@ -44,6 +44,33 @@ def test_as_many_samples_as_asked_for_from_either_lora(calibrated):
         assert not s.target.requires_grad
 
 
+def test_three_loras_are_predicted_no_more_than_four_rows_at_a_time(host, pair_files, third_file, recipe_of):
+    """So the teacher's pass takes the memory of two LoRAs, however many there are; and each gets its own targets."""
+    from ziplora_lib.calibration import calibrate
+    from ziplora_lib.merge.attach import attach
+    from ziplora_lib.merge.pairing import pair
+
+    files, roles = [pair_files[0], third_file, pair_files[1]], ["subject", "subject", "style"]
+    recipe = recipe_of(parents=[{"lora": str(f), "role": r, "prompt": f.stem} for f, r in zip(files, roles)])
+    loras, seen, predict, said = [read(file) for file in files], [], host.predict, []
+    host.predict = lambda x, t, conds: seen.append(len(x)) or predict(x, t, conds)
+    slots = host.slots([key for lora in loras for key in lora.deltas])
+    with attach(slots, pair(loras, [1.0] * 3, {key: slot.shape for key, slot in slots.items()}).stacks) as router:
+        train, held_out = calibrate(host, router, recipe, lambda info: said.append(info["what"]))
+        assert set(seen) == {4, 2}
+        assert [s.parent for s in train + held_out] == [0, 1, 2] * 8
+        assert {"making subject third pictures", "making subject subject pictures", "making style pictures"} <= set(
+            said
+        )
+        for s in train[:3] + held_out[:3]:
+            router.alone(s.parent)
+            with torch.no_grad():
+                targets = [
+                    predict(s.x, s.t, [host.encode(text, 64, negative=not text)]) for text in (files[s.parent].stem, "")
+                ]
+            assert any(torch.allclose(target, s.target, atol=1e-4) for target in targets)
+
+
 def test_targets_are_the_predictions_of_each_lora_alone(calibrated):
     train, held_out, router, host = calibrated(samples=4, empty_share=0.5)
     prompts = ["a photo of sks cat", "a house in szn style"]

@@ -163,6 +163,145 @@ def test_the_same_lora_twice_is_refused_unless_allowed(cli, zipping, tmp_path, p
     assert cli(*zipping("--allow-same", "--method", "direct", style=pair_files[0]))[0] == 0
 
 
+@pytest.fixture
+def several(pair_files, third_file, tmp_path):
+    """several(*more): the arguments of a small `zip` of two subjects and a style."""
+
+    def arguments(*more):
+        return ["zip", "--subject", pair_files[0], "--subject-prompt", "sks cat", "--subject", third_file,
+                "--subject-prompt", "sks dog", "--style", pair_files[1], "--style-prompt", "szn style",
+                "--out", tmp_path / "merged.safetensors", *SMALL, *more]  # fmt: skip
+
+    return arguments
+
+
+def test_flags_belong_to_the_nth_lora_of_their_role(pair_files, tmp_path):
+    from ziplora_lib.__main__ import _parser, _recipe
+
+    def parents(*arguments):
+        return _recipe(_parser().parse_args(["zip", "--out", "x.safetensors", *arguments])).parents
+
+    first, second, ink = parents(
+        *["--style", "ink", "--subject", "dog", "--subject", "cat", "--subject-prompt", "p", "--subject-prompt", "q"],
+        *[
+            "--subject-strength",
+            "0.5",
+            "--subject-strength",
+            "1.5",
+            "--reference-subject",
+            "",
+            "--reference-subject",
+            "r",
+        ],
+        *["--reference-style", "a", "--reference-style", "b"],
+    )
+    assert [(p.lora, p.role, p.prompt, p.strength, p.reference) for p in (first, second, ink)] == [
+        ("dog", "subject", "p", 0.5, []), ("cat", "subject", "q", 1.5, ["r"]), ("ink", "style", "", 1.0, ["a", "b"])
+    ]  # fmt: skip
+    assert [p.role for p in parents("--style", "ink", "--style", "oil")] == ["style", "style"]
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--subject-prompt", "third"], "--subject-prompt: 3 given for 2 LoRAs"),
+        (["--style-prompt", "second"], "--style-prompt: 2 given for 1"),
+        (["--subject-strength", "0.5"], "--subject-strength: 1 given for 2"),
+        (["--reference-subject", "a.png"], "--reference-subject: 1 given for 2"),
+        (["--subject", "no.safetensors"], "--subject-prompt: 2 given for 3"),
+        (["--style", "no.safetensors", "--style-prompt", "x"], "no.safetensors"),
+        (["--style", "x", "--style-prompt", "x"] * 6, "at most 8"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_does_not_fit_several_loras_is_refused_in_one_line(cli, several, tmp_path, more, word):
+    refused(cli, tmp_path, several(*more), word)
+
+
+def test_one_lora_is_too_few(cli, tmp_path, pair_files):
+    out = ["--out", tmp_path / "merged.safetensors"]
+    refused(cli, tmp_path, ["zip", *out], "at least 2")
+    refused(cli, tmp_path, ["zip", "--style", pair_files[1], *out], "at least 2")
+    refused(
+        cli, tmp_path, ["zip", "--style", pair_files[1], "--subject-prompt", "x", *out], "--subject-prompt: 1 given"
+    )
+
+
+def test_two_subjects_and_a_style_are_zipped_baked_and_split(cli, several, tmp_path):
+    status, out, err = cli(*several("--balance-points", "3"))
+    assert status == 0, err
+    for title in ("subject subject: error", "subject third: error", "\nstyle: error"):
+        assert title in out
+    merged, baked = tmp_path / "merged.safetensors", tmp_path / "baked.safetensors"
+    assert (tmp_path / "merged.balance.png").exists()
+
+    def bake(*more):
+        return ["bake", merged, "--out", baked, "--overwrite", *more]
+
+    def strengths():
+        return json.loads(read(baked).metadata["ziplora.strengths"])
+
+    for more, wanted in (
+        (["--balance", "-1"], [1.2, 1.2, 0.75]),
+        (["--balance", "1"], [0.7, 0.7, 1.15]),
+        (["--subject", "0.5", "--style", "2"], [0.5, 0.5, 2]),
+        (["--subject", "0.5", "--subject", "1.5"], [0.5, 1.5, 1]),
+        (["--style", "-1"], [1, 1, -1]),
+    ):
+        assert cli(*bake(*more))[0] == 0
+        assert strengths() == wanted
+    for more, word in (
+        ([], "either --balance"),
+        (["--balance", "0", "--style", "1"], "either --balance"),
+        (["--balance", "2"], "between -1 and 1"),
+        (["--balance", "nan"], "between -1 and 1"),
+        (["--subject", "1", "--subject", "2", "--subject", "3"], "has 2 subjects (subject, third), but 3"),
+        (["--style", "1", "--style", "2"], "has 1 style (style), but 2"),
+        (["--style", "5"], "between -4 and 4"),
+        (["--style", "nan"], "between -4 and 4"),
+    ):
+        refused(cli, tmp_path, bake(*more), word)
+
+    first, second, style = (tmp_path / f"{name}-half.safetensors" for name in ("first", "second", "style"))
+    outs = [("--out-subject", first), ("--out-subject", second), ("--out-style", style)]
+
+    def split(*given):
+        return ["split", merged, *(word for pair in given for word in pair)]
+
+    for given, word in (
+        ([], "has 2 subjects (subject, third), but 0"),
+        (outs[:2], "has 1 style (style), but 0"),
+        (outs[1:], "has 2 subjects (subject, third), but 1"),
+        ([*outs, ("--out-style", tmp_path / "x.safetensors")], "has 1 style (style), but 2"),
+        ([*outs[:2], ("--out-style", first)], "same name"),
+        ([*outs[:2], ("--out-style", merged)], "same name"),
+        ([*outs[:2], ("--out-style", "x.ckpt")], "--out-style x.ckpt"),
+        ([*outs[:2], ("--out-style", baked)], "already there"),
+    ):
+        refused(cli, tmp_path, split(*given), word)
+    status, out, err = cli(*split(*outs))
+    assert status == 0, err
+    assert [line for line in out.splitlines() if line.startswith("prompt")] == [
+        f"prompt with <lora:{name}-half:1>" for name in ("first", "second", "style")
+    ]
+    assert [read(path).ranks for path in (first, second, style)] == [[3], [2], [5]]
+
+
+def test_bake_and_split_refuse_what_is_not_ours(cli, tmp_path, pair_files):
+    for command in (
+        ["bake", pair_files[0], "--balance", "0", "--out", tmp_path / "x.safetensors"],
+        [
+            "split",
+            pair_files[0],
+            "--out-subject",
+            tmp_path / "x.safetensors",
+            "--out-style",
+            tmp_path / "y.safetensors",
+        ],
+    ):
+        refused(cli, tmp_path, command, "not made by ZipLoRA")
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"]], ids=str)
 def test_wrong_usage_is_status_2(cli, arguments):
     status, out, err = cli(*arguments)
@@ -171,7 +310,7 @@ def test_wrong_usage_is_status_2(cli, arguments):
     assert out == ""
 
 
-@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"], ["split"]], ids=str)
 def test_help(cli, command):
     status, out, _ = cli(*command, "--help")
     assert status == 0

@@ -203,7 +203,7 @@ def test_the_preflight_refuses_what_cannot_work(host, recipe_of, tmp_path, pair_
     error = refused(host, recipe_of(subject=sd1), "SD 1.5")
     assert (error.file, bool(error.key)) == ("sd1.safetensors", True)
     flux = write_lora(tmp_path / "flux.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (64, 64)})
-    assert refused(host, recipe_of(style=flux), "UNet layer").file == "flux.safetensors"
+    assert refused(host, recipe_of(style=flux), "not Stable Diffusion").file == "flux.safetensors"
     query = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     wide = write_lora(tmp_path / "wide.safetensors", {query: (640, 640)})
     assert refused(host, recipe_of(style=wide), "shape").key == query

@@ -14,6 +14,8 @@ def lora(name="dog", metadata=None, sidecar=None):
     return Lora(name, Path(f"/home/me/{name}.safetensors"), {}, metadata or {}, sidecar or {}, hash=f"hash of {name}")
 
 
+# what a recipe says of its parents
+CAST = {"parents": [{"role": "subject", "prompt": "a photo of it"}, {"role": "style", "prompt": ""}]}
 TAGS = {"10_dog": {"sks dog": 10, "grass": 3}, "5_other": {" sks dog": 4, "tree": 12}}
 
 
@@ -42,8 +44,8 @@ def test_a_merged_file_says_what_others_need():
         lora("ink", {"ss_sd_model_name": "sd_xl_base.safetensors", "modelspec.trigger_phrase": "szn style"}),
     ]
     ranks = {"a": (8, 4), "b": (8, 4), "c": (0, 4)}
-    recipe = {"resolution": 512, "seed": 0}
-    meta = merged_metadata("dog-ink", parents, ranks, recipe, {"mean": [0.5, 0.6]}, "epsilon")
+    recipe = {"resolution": 512, "seed": 0, **CAST}
+    meta = merged_metadata("dog-ink", parents, ranks, recipe, {"mean": [0.5, 0.6]}, "sdxl", "epsilon")
     assert all(isinstance(value, str) for value in meta.values())
     assert meta["ss_output_name"] == meta["modelspec.title"] == "dog-ink"
     assert meta["ss_base_model_version"] == "sdxl_base_v1-0"
@@ -60,7 +62,8 @@ def test_a_merged_file_says_what_others_need():
     assert meta["ziplora.version"] == __version__
     assert json.loads(meta["ziplora.recipe"]) == recipe
     assert json.loads(meta["ziplora.parents"]) == [
-        {"name": "dog", "sha256": "hash of dog"}, {"name": "ink", "sha256": "hash of ink"}
+        {"name": "dog", "sha256": "hash of dog", "role": "subject", "trigger": "sks dog"},
+        {"name": "ink", "sha256": "hash of ink", "role": "style", "trigger": "szn style"},
     ]  # fmt: skip
     assert json.loads(meta["ziplora.ranks"]) == {"*": [8, 4], "c": [0, 4]}
     assert json.loads(meta["ziplora.coefficients"]) == {"mean": [0.5, 0.6]}
@@ -68,12 +71,38 @@ def test_a_merged_file_says_what_others_need():
 
 
 def test_the_merged_file_of_silent_parents():
-    meta = merged_metadata("x", [lora("a"), lora("b")], {"k": (1, 1)}, {}, {}, "v")
+    meta = merged_metadata("x", [lora("a"), lora("b")], {"k": (1, 1)}, CAST, {}, "sdxl", "v")
     assert meta["ss_base_model_version"] == "sdxl_base_v1-0"
     assert "modelspec.trigger_phrase" not in meta
+    assert [parent["trigger"] for parent in json.loads(meta["ziplora.parents"])] == ["a photo of it", ""], "the prompts"
 
 
 def test_shared_trigger_words_are_named_once():
     said = {"modelspec.trigger_phrase": "sks"}
-    meta = merged_metadata("x", [lora("a", said), lora("b", said)], {"k": (1, 1)}, {}, {}, "epsilon")
+    meta = merged_metadata("x", [lora("a", said), lora("b", said)], {"k": (1, 1)}, CAST, {}, "sdxl", "epsilon")
     assert meta["modelspec.trigger_phrase"] == "sks"
+
+
+@pytest.mark.parametrize(
+    ("base", "prediction", "version", "v2", "architecture"),
+    [
+        ("sd1", "epsilon", "sd_v1", "False", "stable-diffusion-v1/lora"),
+        ("sd1", "v", "sd_v1_v", "False", "stable-diffusion-v1/lora"),
+        ("sd2", "epsilon", "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd2", "v", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl", "v", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_base_model_is_named_as_kohyas_trainer_names_it(base, prediction, version, v2, architecture):
+    other = lora("b", {"ss_base_model_version": "flux1"})
+    meta = merged_metadata("x", [lora("a"), other], {"k": (1, 1)}, CAST, {}, base, prediction)
+    assert meta["ss_base_model_version"] == version
+    assert meta["ss_v2"] == v2
+    assert meta["modelspec.architecture"] == architecture
+    assert meta["modelspec.prediction_type"] == prediction
+
+
+def test_what_a_parent_says_of_its_base_is_kept():
+    said = {"ss_base_model_version": "sd_v1_v"}
+    meta = merged_metadata("x", [lora("a"), lora("b", said)], {"k": (1, 1)}, CAST, {}, "sd1", "epsilon")
+    assert meta["ss_base_model_version"] == "sd_v1_v"

@@ -5,6 +5,8 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.merge import METHODS
@@ -37,7 +39,7 @@ def refused(fields, word):
 
 def test_the_body_of_the_design_is_a_recipe():
     recipe = parse(DESIGN)
-    assert (recipe.subject.lora, recipe.style.lora) == ("dog", "watercolour")
+    assert [p.lora for p in recipe.parents] == ["dog", "watercolour"]
     assert (recipe.steps, recipe.lr, recipe.lam, recipe.start) == (100, 0.01, 0.3, 0.5)
     assert parse(json.loads(recipe.json())) == recipe
 
@@ -52,11 +54,27 @@ def test_the_subject_comes_first_whatever_the_order():
     assert recipe == parse(DESIGN)
 
 
-@pytest.mark.parametrize(
-    "roles", [[], ["subject"], ["subject", "subject"], ["style", "style"], ["subject", "style", "style"]]
-)
-def test_other_casts_are_refused(roles):
-    refused(changed(parents=[{"lora": "x", "role": role} for role in roles]), "parents: takes one LoRA")
+@given(st.lists(st.sampled_from(["subject", "style"]), min_size=2, max_size=8))
+def test_any_two_to_eight_are_a_cast_and_subjects_come_first_in_their_order(roles):
+    parents = [{"lora": f"lora{i}", "role": role} for i, role in enumerate(roles)]
+    recipe = parse({"parents": parents, "output": "x"})
+    wanted = [p for role in ("subject", "style") for p in parents if p["role"] == role]
+    assert [{"lora": p.lora, "role": p.role} for p in recipe.parents] == wanted
+    assert parse(json.loads(recipe.json())) == recipe
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_too_few_and_too_many_are_refused(n):
+    refused(changed(parents=[{"lora": f"lora{i}", "role": "style"} for i in range(n)]), "parents: ")
+    told = schema()["properties"]["parents"]
+    assert (told["minItems"], told["maxItems"]) == (2, 8)
+
+
+def test_parents_are_called_by_their_role_and_by_name_where_it_is_not_enough():
+    parents = [("subject", "/home/me/dog.v2.safetensors"), ("subject", "cat"), ("style", "ink.safetensors")]
+    recipe = parse({"parents": [{"lora": lora, "role": role} for role, lora in parents], "output": "x"})
+    assert recipe.titles == ["subject dog.v2", "subject cat", "style"]
+    assert parse(DESIGN).titles == ["subject", "style"]
 
 
 def test_unknown_roles_are_refused():
@@ -171,6 +189,6 @@ def test_the_stored_recipe_has_names_not_paths_and_makes_the_same_merge():
     assert again == recipe
 
 
-def test_the_preview_prompt_is_both_prompts_unless_given():
+def test_the_preview_prompt_is_all_prompts_unless_given():
     assert parse(DESIGN).picture_prompt == "a photo of sks dog, a house in szn style"
     assert parse(changed(preview_prompt="x")).picture_prompt == "x"

@@ -1,4 +1,4 @@
-"""The command line: `python -m ziplora_lib zip …`, `bake` and `inspect`, without a WebUI.
+"""The command line: `python -m ziplora_lib zip …`, `bake`, `split`, `inspect` and `compare`, without a WebUI.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
 """
@@ -12,17 +12,18 @@ import signal
 import sys
 from pathlib import Path
 
+from ziplora_lib import inspection
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.lora import writer
-from ziplora_lib.lora.bake import bake
-from ziplora_lib.lora.keys import is_unet
-from ziplora_lib.lora.metadata import trigger_words
-from ziplora_lib.lora.reader import BASES, Lora, read
+from ziplora_lib.lora.bake import bake, in_order, origins, split, strengths
+from ziplora_lib.lora.reader import peek, read
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse
 
 # what these libraries say at import (a missing torchvision, for instance) is of no use to whoever merges LoRAs
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ROLES = ("subject", "style")
 
 # recipe fields that are not plain flags of `zip`
 _OWN_FLAGS = {"parents", "output"}
@@ -49,17 +50,24 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ziplora_lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    zip_ = commands.add_parser("zip", help="merge a subject LoRA and a style LoRA into one")
-    for role in ("subject", "style"):
-        zip_.add_argument(f"--{role}", required=True, metavar="FILE", help=f"the {role} LoRA")
-        zip_.add_argument(f"--{role}-prompt", default="", metavar="TEXT", help="the prompt it was trained with")
-        zip_.add_argument(f"--{role}-strength", type=float, default=1.0, metavar="W", help="its strength in the merge")
-        zip_.add_argument(
+    zip_ = commands.add_parser(
+        "zip",
+        help="merge a subject LoRA and a style LoRA into one, or any two to eight of them",
+        epilog="With several LoRAs of one role, its flags are given once for each of them, in their order, or not at all.",
+    )
+    for role in ROLES:
+
+        def repeated(flag: str, what: str, **options) -> None:
+            zip_.add_argument(flag, action="append", default=[], help=what, **options)
+
+        repeated(f"--{role}", f"a {role} LoRA; repeat it for more of them", metavar="FILE")
+        repeated(f"--{role}-prompt", "the prompt it was trained with", metavar="TEXT")
+        repeated(f"--{role}-strength", "its strength in the merge, 1 by default", type=float, metavar="W")
+        repeated(
             f"--reference-{role}",
-            action="append",
-            default=[],
+            "its training pictures, instead of pictures that it makes itself; all that are given belong to an only "
+            f"{role}, with several the first to the first, and so on: a folder for more than one picture, '' for none",
             metavar="PATH",
-            help="its training pictures, instead of pictures that it makes itself",
         )
     zip_.add_argument("--model", default="miniature", help="SDXL folder, .safetensors file, hub id, or miniature")
     zip_.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is by default")
@@ -82,34 +90,78 @@ def _parser() -> argparse.ArgumentParser:
                 flag, dest=name, type=kind, default=default, choices=field.get("enum"), help=field["description"]
             )
     zip_.set_defaults(run=_zip)
-    baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at two strengths")
+    baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at other strengths")
     baked.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
-    baked.add_argument("--balance", type=float, metavar="B", help="-1 more subject … 0 as it is … 1 more style")
-    baked.add_argument("--subject", type=float, metavar="W", help="strength of the subject's half")
-    baked.add_argument("--style", type=float, metavar="W", help="strength of the style's half")
+    baked.add_argument(
+        "--balance",
+        type=float,
+        metavar="B",
+        help="-1 more subject … 0 as it is … 1 more style; of LoRAs of one role, the first and the others",
+    )
+    for role in ROLES:
+        baked.add_argument(
+            f"--{role}",
+            type=float,
+            action="append",
+            default=[],
+            metavar="W",
+            help=f"strength of the {role}'s half; of several, one for all or one each in their order",
+        )
     baked.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
     baked.add_argument("--overwrite", action="store_true", help="replace a LoRA of the same name")
     baked.set_defaults(run=_bake)
+    halves = commands.add_parser("split", help="save each parent's half of a merged LoRA as a LoRA of its own")
+    halves.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
+    for role in ROLES:
+        halves.add_argument(
+            f"--out-{role}",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE.safetensors",
+            help=f"the {role}'s half; of several, one each in their order",
+        )
+    halves.add_argument("--overwrite", action="store_true", help="replace LoRAs of the same names")
+    halves.set_defaults(run=_split)
     inspect = commands.add_parser("inspect", help="what is in LoRA files")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     inspect.set_defaults(run=_inspect)
+    compare = commands.add_parser("compare", help="what LoRAs have in common, and how they get into each other's way")
+    compare.add_argument("files", nargs="+", type=Path, metavar="FILE", help="two LoRAs or more")
+    compare.add_argument("--json", action="store_true", help="as JSON, by layer too")
+    compare.set_defaults(run=_compare)
     return parser
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    parents = [
-        {
-            "lora": getattr(args, role),
-            "role": role,
-            "prompt": getattr(args, f"{role}_prompt"),
-            "strength": getattr(args, f"{role}_strength"),
-            "reference": getattr(args, f"reference_{role}"),
-        }
-        for role in ("subject", "style")
-    ]
+    parents = [parent for role in ROLES for parent in _parents(args, role)]
     fields = {name: getattr(args, name) for name in Recipe.__fields__ if name not in _OWN_FLAGS}
     return parse({**fields, "parents": parents, "output": args.out.name.removesuffix(".safetensors")})
+
+
+def _parents(args: argparse.Namespace, role: str) -> list[dict]:
+    """The LoRAs of a role with what was given for each. Raises BadInput where that cannot be told."""
+    loras = getattr(args, role)
+
+    def each(flag: str, default) -> list:
+        values = getattr(args, flag.replace("-", "_"))
+        if values and len(values) != len(loras):
+            raise BadInput(
+                f"--{flag}: {len(values)} given for {len(loras)} LoRAs of --{role}",
+                remedy=f"Give it once for each {role}, in their order, or not at all",
+            )
+        return values or [default] * len(loras)
+
+    if len(loras) == 1:
+        references = [getattr(args, f"reference_{role}")]
+    else:
+        references = [[path] if path else [] for path in each(f"reference-{role}", "")]
+    prompts, weights = each(f"{role}-prompt", ""), each(f"{role}-strength", 1.0)
+    return [
+        {"lora": lora, "role": role, "prompt": prompt, "strength": weight, "reference": reference}
+        for lora, prompt, weight, reference in zip(loras, prompts, weights, references)
+    ]
 
 
 def _zip(args: argparse.Namespace) -> int:
@@ -150,7 +202,9 @@ def _zip(args: argparse.Namespace) -> int:
     if result.pictures:
         from ziplora_lib.pictures import png, strip
 
-        labels = [_balance_label(point) for point, _ in result.pictures]
+        parents = result.preflight["parents"]
+        roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
+        labels = [balance.caption(point, roles, names) for point, _ in result.pictures]
         sheet = strip([[picture for _, picture in result.pictures]], [""], labels)
         writer.write_beside(args.out, ".balance.png", png(sheet))
     print(summary(result))
@@ -158,14 +212,31 @@ def _zip(args: argparse.Namespace) -> int:
 
 
 def _bake(args: argparse.Namespace) -> int:
-    by_strength = args.subject is not None or args.style is not None
-    if by_strength == (args.balance is not None):
+    if bool(args.subject or args.style) == (args.balance is not None):
         raise BadInput("give either --balance, or --subject and --style", remedy="For instance --balance -0.2")
-    chosen = (args.subject, args.style) if by_strength else balance.weights(_in_range(args.balance))
     _check_out(args.out)
-    saved = bake(args.file, args.out, [1.0 if w is None else w for w in chosen], args.overwrite)
-    print(f"saved {args.out}  ({saved['bytes'] / 1e6:.1f} MB)\nprompt with <lora:{args.out.stem}:1>")
+    merged = peek(args.file)
+    if args.balance is not None:
+        weights = balance.weights(args.balance, [parent["role"] for parent in origins(merged)])
+    else:
+        weights = strengths(merged, {role: getattr(args, role) for role in ROLES})
+    _tell(args.out, bake(args.file, args.out, weights, args.overwrite))
     return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    given = {role: getattr(args, f"out_{role}") for role in ROLES}
+    for role, paths in given.items():
+        for path in paths:
+            _check_out(path, f"--out-{role}")
+    paths = in_order(peek(args.file), given)
+    for path, saved in zip(paths, split(args.file, paths, args.overwrite)):
+        _tell(path, saved)
+    return 0
+
+
+def _tell(path: Path, saved: dict) -> None:
+    print(f"saved {path}  ({saved['bytes'] / 1e6:.1f} MB)\nprompt with <lora:{path.stem}:1>")
 
 
 def _check_report(report: Path, out: Path) -> None:
@@ -177,15 +248,9 @@ def _check_report(report: Path, out: Path) -> None:
         raise BadInput(f"--report {report} is the name of the LoRA's own card", remedy="Give the report another name")
 
 
-def _in_range(value: float) -> float:
-    if not -1 <= value <= 1:
-        raise BadInput(f"--balance {value} is not between -1 and 1", remedy="-1 is more subject, 1 is more style")
-    return value
-
-
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, flag: str = "--out") -> None:
     if out.suffix != ".safetensors":
-        raise BadInput(f"--out {out} does not end in .safetensors", remedy="Give the merged LoRA that ending")
+        raise BadInput(f"{flag} {out} does not end in .safetensors", remedy="Give the new LoRA that ending")
     writer.check_name(out.name.removesuffix(".safetensors"))
 
 
@@ -195,17 +260,13 @@ def summary(result) -> str:
         f"saved {result.file}  ({result.saved['bytes'] / 1e6:.1f} MB, largest rounding {result.saved['largest_error']:.1e})"
     ]
     if "error" in result.learned:
-        for i, role in enumerate(("subject", "style")):
+        for i, parent in enumerate(result.preflight["parents"]):
             lines.append(
-                f"{role}: error against this LoRA alone {result.learned['error'][i]:.3f} "
+                f"{parent['title']}: error against this LoRA alone {result.learned['error'][i]:.3f} "
                 f"(plain sum {result.learned['error_plain_sum'][i]:.3f}); mean coefficient {result.learned['mean'][i]:.2f}"
             )
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*lines, f"prompt with {result.tag}"])
-
-
-def _balance_label(balance: float) -> str:
-    return "as learned" if balance == 0 else f"{'subject' if balance < 0 else 'style'} {abs(balance):.0%}"
 
 
 def _progress(info: dict) -> str:
@@ -217,61 +278,22 @@ def _inspect(args: argparse.Namespace) -> int:
     views = []
     for path in args.files:
         try:
-            views.append(_view(read(path)) | {"file": str(path)})
+            views.append({"file": str(path), **inspection.inspected(read(path))})
         except BadInput as error:
             views.append({"file": str(path), "problem": str(error)})
     if args.json:
         print(json.dumps(views, indent=2, ensure_ascii=False))
     else:
-        for view in views:
-            print(view.pop("file"))
-            made = view.pop("ziplora", {})
-            for name, value in {**view, **_made_from(made)}.items():
-                if value not in ("", []):
-                    print(f"  {name.replace('_', ' '):20} {value}")
+        print("\n".join(map(inspection.inspected_text, views)))
     return 2 if any("problem" in view for view in views) else 0
 
 
-def _view(lora: Lora) -> dict:
-    """What `inspect` says of a LoRA."""
-    trigger, source = trigger_words(lora)
-    unet = sum(map(is_unet, lora.deltas))
-    convolves = any(delta.down.ndim == 4 and delta.down.shape[2:].numel() > 1 for delta in lora.deltas.values())
-    recorded = {k.removeprefix("ziplora."): v for k, v in lora.metadata.items() if k.startswith("ziplora.")}
-    return {
-        "kind": "LoCon" if convolves else "LoRA",
-        "base": BASES[lora.base],
-        "layers": len(lora.deltas),
-        "unet_layers": unet,
-        "text_encoder_layers": len(lora.deltas) - unet,
-        "ranks": lora.ranks,
-        "dtype": lora.dtype,
-        "norm": round(lora.norm(), 4),
-        "trigger": trigger,
-        "trigger_from": source,
-        "sha256": lora.hash,
-        "ziplora": {k: _parsed(v) for k, v in recorded.items()},
-    }
-
-
-def _made_from(made: dict) -> dict:
-    """The part of what ZipLoRA recorded that fits a terminal; the rest is in --json."""
-    try:
-        return {
-            "merged_from": " + ".join(str(parent["name"]) for parent in made["parents"]),
-            "method": made["recipe"]["method"],
-            "strengths": made.get("strengths", ""),
-            "mean_coefficients": made["coefficients"].get("mean", ""),
-        }
-    except (KeyError, TypeError, AttributeError):  # not ours, or changed by another tool
-        return {}
-
-
-def _parsed(value: str) -> object:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _compare(args: argparse.Namespace) -> int:
+    if len(args.files) < 2:
+        raise BadInput("compare takes two LoRAs or more", remedy="Name another file")
+    view = inspection.compared([read(path) for path in args.files])
+    print(json.dumps(view, indent=2, ensure_ascii=False) if args.json else inspection.compared_text(view))
+    return 0 if view["fit"] else 2
 
 
 if __name__ == "__main__":

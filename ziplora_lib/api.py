@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, bake_balance, preflight, remember
+from ziplora_lib.job import Job, bake_balance, preflight, remember, split_merged
+from ziplora_lib.lora.bake import origins, strengths
+from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse, schema
 
@@ -90,7 +92,16 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
     def bake_strengths(body: Any = Body(...)):  # noqa: B008
         try:
             wanted = bake_request(body)
-            return bake_balance(host, wanted["lora"], wanted["output"], wanted["weights"], wanted["overwrite"])
+            weights = bake_weights(wanted, host.peek(wanted["lora"]))
+            return bake_balance(host, wanted["lora"], wanted["output"], weights, wanted.get("overwrite", False))
+        except BadInput as error:
+            return refused(error)
+
+    @route("POST", "/split")
+    def split_halves(body: Any = Body(...)):  # noqa: B008
+        try:
+            wanted = split_request(body)
+            return split_merged(host, wanted["lora"], wanted["outputs"], wanted.get("overwrite", False))
         except BadInput as error:
             return refused(error)
 
@@ -106,19 +117,44 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
 
 
 def bake_request(body: Any) -> dict:
-    """{"lora", "output", "balance" | "subject" and "style", "overwrite"} -> the same with "weights". Raises BadInput."""
-    known = {"lora": str, "output": str, "balance": (int, float), "subject": (int, float), "style": (int, float)}
+    """{"lora", "output", "balance" | "subject" and "style" | "strengths", "overwrite"}. Raises BadInput for all else."""
+    number = (int, float)
+    known = {"lora": str, "output": str, "balance": number, "subject": number, "style": number, "strengths": list}
     example = 'For instance {"lora": "dog-ink", "output": "dog-ink-soft", "balance": -0.2}'
+    _check_form(body, known, example)
+    ways = ["balance" in body, "subject" in body or "style" in body, "strengths" in body]
+    half = ("subject" in body) != ("style" in body)
+    if not body.get("lora") or "output" not in body or sum(ways) != 1 or half:
+        raise BadInput("needs lora, output, and one of balance, subject and style, or strengths", remedy=example)
+    if not all(isinstance(strength, number) for strength in body.get("strengths", [])):
+        raise BadInput("strengths: must be numbers, one a parent", remedy=example)
+    return body
+
+
+def bake_weights(wanted: dict, merged: Lora) -> list[float]:
+    """The strength of each parent that a bake request asks for. Raises BadInput where that does not fit the LoRA."""
+    if "balance" in wanted:
+        return balance.weights(wanted["balance"], [parent["role"] for parent in origins(merged)])
+    if "strengths" in wanted:
+        return wanted["strengths"]
+    return strengths(merged, {role: [wanted[role]] for role in ("subject", "style")})
+
+
+def split_request(body: Any) -> dict:
+    """{"lora", "outputs": one name a parent, "overwrite"}. Raises BadInput for all else."""
+    example = 'For instance {"lora": "dog-ink", "outputs": ["dog-half", "ink-half"]}'
+    _check_form(body, {"lora": str, "outputs": list}, example)
+    names = body.get("outputs", [])
+    if not body.get("lora") or not names or not all(isinstance(name, str) for name in names):
+        raise BadInput("needs lora and outputs, a name for each parent's half", remedy=example)
+    return body
+
+
+def _check_form(body: Any, known: dict, example: str) -> None:
     if not isinstance(body, dict):
         raise BadInput("the body is not a JSON object", remedy=example)
     for field, value in body.items():
-        if not isinstance(value, {**known, "overwrite": bool}.get(field, ())):
+        kinds = {**known, "overwrite": bool}.get(field, ())
+        # to Python true is a number too
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise BadInput(f"{field}: no such field, or of another type", remedy=example)
-    if not body.get("lora") or "output" not in body or ("balance" in body) == ("subject" in body and "style" in body):
-        raise BadInput("needs lora, output, and either balance or subject and style", remedy=example)
-    limit = {"balance": 1, "subject": 4, "style": 4}
-    for field in limit.keys() & body.keys():
-        if not abs(body[field]) <= limit[field]:
-            raise BadInput(f"{field}: must be between -{limit[field]} and {limit[field]}", remedy=example)
-    weights = balance.weights(body["balance"]) if "balance" in body else (body["subject"], body["style"])
-    return {**body, "weights": weights, "overwrite": body.get("overwrite", False)}

@@ -26,8 +26,9 @@ PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 @dataclass(frozen=True)
 class _Prompts:
-    """One prompt as three models read it: the LoRA alone, the bare model, and the merged LoRA."""
+    """One prompt as three models read it: the LoRA alone, the bare model, and the LoRAs together."""
 
+    text: str
     alone: Cond
     bare: Cond
     merged: Cond
@@ -60,7 +61,7 @@ def references(parent_reference: Sequence[str], resolution: int) -> list[Image.I
 def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) -> tuple[list[Sample], list[Sample]]:
     """The training samples and the held-out ones (fresh noise on the same pictures, own prompts), in a fixed order.
 
-    Teacher and bare predictions of both LoRAs' samples come from one batched pass, routed by sample.
+    Teacher and bare predictions of two LoRAs' samples come from one batched pass, routed by sample.
     Raises Stopped when the callback asks to stop: there is nothing to keep yet.
     """
     held_out = max(4, recipe.samples // 8)
@@ -85,24 +86,26 @@ def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) ->
         drawn = [_drawn(latents[i], n, share, generator) for i in range(len(recipe.parents))]
         group = []
         for row in zip(*drawn):
-            group += _predicted(host, router, row, prompts)
+            # two LoRAs at once, however many there are: memory must not grow with them
+            for first in range(0, len(row), 2):
+                group += _predicted(host, router, first, row[first : first + 2], prompts)
             advance("predicting")
         samples.append(group)
     return samples[0], samples[1]
 
 
 def _latents(host: Host, router: Router, recipe: Recipe, i: int, given: list[Image.Image], advance) -> Tensor:
-    parent, made = recipe.parents[i], []
+    parent, title, made = recipe.parents[i], recipe.titles[i], []
     if given:
         for picture in given:
             made.append(host.encode_picture(picture))
-            advance(f"encoding {parent.role} pictures")
+            advance(f"encoding {title} pictures")
     else:
         router.alone(i)
         for k in range(recipe.pictures):
             seed = recipe.seed + 1000 * (i + 1) + k
             made.append(host.sample(parent.prompt, seed, recipe.resolution, recipe.sampler_steps, recipe.guidance))
-            advance(f"making {parent.role} pictures")
+            advance(f"making {title} pictures")
     return torch.cat([latent.float().cpu() for latent in made])
 
 
@@ -116,7 +119,7 @@ def _encode(host: Host, router: Router, i: int, text: str, resolution: int) -> _
     router.bare()
     bare = encode()
     router.merged()
-    return _Prompts(alone, bare, encode())
+    return _Prompts(text, alone, bare, encode())
 
 
 def _drawn(latents: Tensor, n: int, share: float, generator: torch.Generator) -> list[tuple]:
@@ -128,18 +131,22 @@ def _drawn(latents: Tensor, n: int, share: float, generator: torch.Generator) ->
     return [(latents[k % len(latents)][None], noise[k][None], levels[k : k + 1], bool(empty[k])) for k in range(n)]
 
 
-def _predicted(host: Host, router: Router, row: Sequence[tuple], prompts: list[list[_Prompts]]) -> list[Sample]:
-    """One sample of each LoRA: [alone, bare] for each, in one pass."""
+def _predicted(
+    host: Host, router: Router, first: int, row: Sequence[tuple], prompts: list[list[_Prompts]]
+) -> list[Sample]:
+    """One sample of each LoRA from the first on: [alone, bare] for each, in one pass."""
+    parents = range(first, first + len(row))
     x = [host.add_noise(latent, noise, t).float().cpu() for latent, noise, t, _ in row]
-    read = [prompts[i][int(empty)] for i, (*_, empty) in enumerate(row)]
-    router.alone(*(who for i in range(len(row)) for who in (i, None)))
+    read = [prompts[i][int(empty)] for i, (*_, empty) in zip(parents, row)]
+    router.alone(*(who for i in parents for who in (i, None)))
     predictions = host.predict(
-        torch.cat([x[i] for i in range(len(row)) for _ in "ab"]),
+        torch.cat([latent for latent in x for _ in "ab"]),
         torch.cat([t for _, _, t, _ in row for _ in "ab"]),
         [cond for r in read for cond in (r.alone, r.bare)],
     )
     predictions = predictions.float().cpu()
+    pairs = predictions.split(1)
     return [
-        Sample(i, x[i], row[i][2], read[i].merged, predictions[2 * i : 2 * i + 1], predictions[2 * i + 1 : 2 * i + 2])
-        for i in range(len(row))
+        Sample(i, x[k], row[k][2], read[k].text, read[k].merged, target=pairs[2 * k], bare=pairs[2 * k + 1])
+        for k, i in enumerate(parents)
     ]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from ziplora_lib.hosts.host import Host
-from ziplora_lib.job import preflight
+from ziplora_lib.job import preflight, prepare
 from ziplora_lib.lora.reader import read
 from ziplora_lib.merge.attach import attach
 from ziplora_lib.merge.pairing import pair
 from ziplora_lib.recipe import Recipe
 
-ROWS = ("no LoRA", "subject alone", "style alone", "plain sum", "ZipLoRA")
+
+def row_labels(recipe: Recipe) -> list[str]:
+    """What the rows show."""
+    return ["no LoRA", *(f"{title} alone" for title in recipe.titles), "plain sum", "ZipLoRA"]
 
 
 def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -> list[list[Image.Image]]:
-    """Pictures of the recipe's preview prompt, a row for each of ROWS, a column a seed; the last row from the saved file."""
+    """Pictures of the recipe's preview prompt, rows as labelled, a column a seed; the last row from the saved file."""
     parents = preflight(recipe.copy(update={"overwrite": True}), host)
     file = read(merged)
-    slots = host.slots(list(file.deltas))
+    slots = host.slots([*file.deltas, *file.vectors])
     saved = pair([file], [1.0], {key: slot.shape for key, slot in slots.items()})
 
     def row() -> list[Image.Image]:
@@ -29,12 +33,14 @@ def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -
         return [host.decode(host.sample(recipe.picture_prompt, seed, *settings)) for seed in seeds]
 
     rows = []
-    with host.session(recipe):
-        with attach(parents.slots, parents.pairing.stacks) as router:
-            for choose in (router.bare, lambda: router.alone(0), lambda: router.alone(1), router.merged):
+    with host.embeddings(parents.loras), host.session(recipe):
+        pairing, _ = prepare(recipe, parents, host, lambda _: None)
+        with attach(parents.slots, pairing.stacks, pairing.vectors) as router:
+            each_alone = [partial(router.alone, i) for i in range(len(recipe.parents))]
+            for choose in (router.bare, *each_alone, router.merged):
                 choose()
                 rows.append(row())
-        with attach(slots, saved.stacks) as router:
+        with attach(slots, saved.stacks, saved.vectors) as router:
             router.merged()
             rows.append(row())
     return rows

@@ -11,6 +11,8 @@ import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -19,16 +21,24 @@ from PIL import Image
 from ziplora_lib import calibration
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.hosts.host import Host
-from ziplora_lib.lora import writer
-from ziplora_lib.lora.bake import bake
+from ziplora_lib.lora import keys, writer
+from ziplora_lib.lora.bake import bake, split
+from ziplora_lib.lora.extras import embedding_tensors, extra_tensors
+from ziplora_lib.lora.limit import limit
 from ziplora_lib.lora.metadata import merged_metadata, trigger_words
 from ziplora_lib.lora.reader import Lora
+from ziplora_lib.lora.stack import Stack
+from ziplora_lib.lora.vectors import Vectors
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
-from ziplora_lib.merge.attach import Router, attach
+from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
-from ziplora_lib.merge.pairing import Pairing, pair, refuse_unfit, report
+from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, pair, refuse_unfit, report
+from ziplora_lib.opening import opened
 from ziplora_lib.pictures import png
 from ziplora_lib.recipe import Recipe, stored
+
+# pixels a side up to which SD 1.5, trained at 512, still makes one picture and not two side by side
+LARGEST_SD1 = 768
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,14 @@ class Preflight:
     """What is known before any work. report: see `pairing.report`, with the model and the size of the file to come."""
 
     loras: list[Lora]
-    pairing: Pairing
-    slots: dict
+    slots: dict[str, Slot]
     destination: Path
     report: dict
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each layer key's weight shape in the model, (out, in…)."""
+        return {key: slot.shape for key, slot in self.slots.items()}
 
 
 @dataclass(frozen=True)
@@ -69,40 +83,75 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
     writer.check_free(destination, recipe.overwrite)
     model = host.model()
     loras = [host.open(parent.lora) for parent in recipe.parents]
-    if len({lora.hash for lora in loras}) < len(loras) and not recipe.allow_same:
-        raise BadInput(
-            f"subject and style are the same LoRA ({loras[0].name}, {loras[1].name})",
-            file=loras[0].path.name,
-            remedy="Pick another one, or allow it: allow_same, --allow-same, or the box in the tab",
-        )
+    for i, k in combinations(range(len(loras)), 2):
+        if loras[i].hash == loras[k].hash and not recipe.allow_same:
+            raise BadInput(
+                f"{recipe.titles[i]} and {recipe.titles[k]} are the same LoRA ({loras[i].name}, {loras[k].name})",
+                file=loras[i].path.name,
+                remedy="Pick another one, or allow it: allow_same, --allow-same, or the box in the tab",
+            )
     if destination.exists() and any(lora.path.resolve() == destination.resolve() for lora in loras):
         raise BadInput(f"the output {destination.name} is one of the LoRAs that go in", remedy="Choose another name")
     if recipe.method in NEEDS_MODEL:
-        for parent, lora in zip(recipe.parents, loras):
+        for parent, title, lora in zip(recipe.parents, recipe.titles, loras):
             if not parent.prompt.strip():
                 raise BadInput(
-                    f"the {parent.role} has no prompt",
+                    f"the {title} has no prompt",
                     file=lora.path.name,
                     remedy="Write the prompt it was trained with, trigger word included",
                 )
             calibration.references(parent.reference, 64)
-    slots = host.slots([key for lora in loras for key in lora.deltas])
+    slots = host.slots([key for lora in loras for key in (*lora.layers, *lora.vectors)])
     shapes = {key: slot.shape for key, slot in slots.items()}
     for lora in loras:
-        refuse_unfit(lora, shapes, model.name)
-    pairing = pair(loras, [p.strength for p in recipe.parents], shapes)
-    details = report(loras, pairing, shapes)
+        refuse_unfit(lora, shapes, model.name, model.base)
+    learn_text = recipe.text_encoders == "learn"
+    details = report(loras, recipe.strengths, shapes, learn_text, recipe.whole_or_rank)
+    _, clashing = embedding_tensors(loras)
+    details["warnings"] += [f"two LoRAs bring an embedding {name!r}; the first one's is kept" for name in clashing]
+    if recipe.layer_names != "kohya":
+        for lora in loras:
+            for key in lora.layers:
+                keys.spelled(key, model.base, recipe.layer_names)  # refuses what has no such name
+        details["warnings"].append(
+            f"with {recipe.layer_names} layer names the WebUI cannot read the file, and norms, biases and embeddings have "
+            "no place in it"
+        )
     for lora in loras:
-        if left_out := [key for key in host.unapplied(lora) if key in shapes]:
+        if left_out := [k for k in host.unapplied(lora) if k in shapes and k not in lora.dense]:
             details["warnings"].append(
                 f"{lora.name}: {len(left_out)} layers are left out when it is prompted with by itself, but the merge has "
                 f"them: {', '.join(left_out[:3])}" + (" …" if len(left_out) > 3 else "")
             )
-    for parent, lora in zip(details["parents"], loras):
+    for i, (parent, lora) in enumerate(zip(details["parents"], loras)):
+        parent["role"], parent["title"] = recipe.parents[i].role, recipe.titles[i]
         parent["trigger"], parent["trigger_from"] = trigger_words(lora)
+    if model.base == "sd1" and recipe.resolution > LARGEST_SD1:
+        details["warnings"].append(
+            f"SD 1.5 doubles what it shows in pictures above {LARGEST_SD1} pixels, and these have {recipe.resolution}; "
+            "a resolution of 512 suits it better"
+        )
     details["model"] = asdict(model)
     details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
-    return Preflight(loras, pairing, slots, destination, details)
+    return Preflight(loras, slots, destination, details)
+
+
+def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) -> tuple[Pairing, list[str]]:
+    """The parents as they go into the merge, in the host's session: all layers as factors, at their strengths.
+
+    With warnings in words: what that lost, what had to be left out, which strengths were chosen.
+    """
+    parents = opened(ready.loras, host, recipe.whole_or_rank, callback)
+    loras, warnings = [parent.lora for parent in parents], [said for parent in parents for said in parent.warnings()]
+    strengths = recipe.strengths
+    if recipe.equal_norms:
+        norms = [lora.norm() * abs(w) for lora, w in zip(loras, strengths)]
+        strengths = [w * f for w, f in zip(strengths, equalising(norms))]
+        said = ", ".join(f"{lora.name} {w:.3g}" for lora, w in zip(loras, strengths))
+        warnings.append(f"brought to one norm: strengths {said}")
+    elif any(lora.dense for lora in ready.loras):
+        warnings += norm_warnings(loras, strengths)
+    return pair(loras, strengths, ready.shapes, recipe.text_encoders == "learn"), warnings
 
 
 def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
@@ -121,9 +170,12 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
     ready = preflight(recipe, host)
     phase_done("preflight")
     warnings = list(ready.report["warnings"])
-    with host.session(recipe):
-        with attach(ready.slots, ready.pairing.stacks) as router:
-            merged = _merge(recipe, host, router, ready.pairing, callback, phase_done)
+    with host.embeddings(ready.loras), host.session(recipe):
+        pairing, said = prepare(recipe, ready, host, callback)
+        warnings += said
+        phase_done("open")
+        with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
+            merged = _merge(recipe, host, router, pairing, callback, phase_done)
         warnings += merged.warnings
         if merged.stopped:
             warnings.append(
@@ -131,10 +183,13 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
                 f"step {merged.summary['best_step']}, were kept"
             )
         callback({"phase": "save", "step": 0, "steps": 1})
-        saved = _save(recipe, ready, merged)
+        stacks, loss = limit(merged.stacks, recipe.max_rank, recipe.kept_share)
+        if loss is not None:
+            warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}")
+        saved = _save(recipe, ready, merged, stacks, pairing.vectors)
         tag = host.publish(ready.destination)
         phase_done("save")
-        with attach(ready.slots, merged.stacks) as router:
+        with attach(ready.slots, stacks, pairing.vectors) as router:
             pictures = [] if merged.stopped else _pictures(recipe, host, router, ready.destination, callback, warnings)
         phase_done("preview")
     last = merged.history[-1] if merged.history else {}
@@ -163,7 +218,11 @@ def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callbac
     def predict(samples: Sequence[Sample], coefficients) -> torch.Tensor:
         router.merged(coefficients)
         x, t = torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples])
-        return host.predict(x, t, [s.cond for s in samples]).float()
+        conds = {s.text: s.cond for s in samples}
+        if recipe.text_encoders == "learn":  # prompts are read with the coefficients as they are now
+            gradients = torch.is_grad_enabled()
+            conds = {text: host.encode(text, recipe.resolution, not text, gradients) for text in conds}
+        return host.predict(x, t, [conds[s.text] for s in samples]).float()
 
     merged = METHODS[recipe.method](
         pairing, Calibration(train, held_out, predict, host.model().device), settings, callback
@@ -172,21 +231,32 @@ def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callbac
     return merged
 
 
-def _save(recipe: Recipe, ready: Preflight, merged: Merged) -> dict:
+def _save(
+    recipe: Recipe, ready: Preflight, merged: Merged, stacks: dict[str, Stack], vectors: dict[str, Vectors]
+) -> dict:
     parents = [f"{p.role}: {p.lora} (prompt: {p.prompt})" for p in recipe.parents]
     notes = "Merged by ZipLoRA from " + ", ".join(parents) + ". Recipe in the file's metadata (ziplora.recipe)."
+    model = ready.report["model"]
     metadata = merged_metadata(
         ready.destination.stem,
         ready.loras,
-        {key: stack.ranks for key, stack in merged.stacks.items()},
+        {key: stack.ranks for key, stack in stacks.items()},
         stored(recipe, [lora.name for lora in ready.loras]),
         merged.summary,
-        ready.report["model"]["prediction"],
+        model["base"],
+        model["prediction"],
     )
-    saved = writer.write(ready.destination, merged.stacks, recipe.dtype, metadata, recipe.overwrite)
+    extra = {}
+    if recipe.layer_names == "kohya":  # the others have no place for these
+        spelled = partial(keys.spelled, base=model["base"], names="kohya")
+        stacks, extra = extra_tensors(stacks, vectors, ready.shapes, spelled)
+        extra |= embedding_tensors(ready.loras)[0]
+    names = {"names": recipe.layer_names, "base": model["base"]}
+    saved = writer.write(ready.destination, stacks, recipe.dtype, metadata, recipe.overwrite, extra=extra, **names)
     ready.destination.with_suffix(".png").unlink(missing_ok=True)  # the preview of what was overwritten
     words = ", ".join(dict.fromkeys(w for w, _ in map(trigger_words, ready.loras) if w))
-    writer.write_beside(ready.destination, ".json", writer.card(words or recipe.picture_prompt, notes))
+    card = writer.card(words or recipe.picture_prompt, notes, base=model["base"])
+    writer.write_beside(ready.destination, ".json", card)
     return saved
 
 
@@ -200,7 +270,7 @@ def _pictures(
         for k, point in enumerate(sorted(balance.points(recipe.balance_points), key=abs)):
             if callback({"phase": "preview", "step": k, "steps": recipe.balance_points}):
                 break
-            router.merged(weights=list(balance.weights(point)))
+            router.merged(weights=balance.weights(point, [p.role for p in recipe.parents]))
             latent = host.sample(
                 recipe.picture_prompt, recipe.seed, recipe.resolution, recipe.sampler_steps, recipe.guidance
             )
@@ -226,6 +296,17 @@ def bake_balance(host: Host, name: str, output: str, weights: Sequence[float], o
     with host.exclusive("ziplora bake"):
         saved = bake(host.peek(name).path, destination, weights, overwrite)
         return {"file": str(destination), "tag": host.publish(destination), **saved}
+
+
+def split_merged(host: Host, name: str, outputs: Sequence[str], overwrite: bool = False) -> list[dict]:
+    """Saves each parent's half of a merged LoRA as a LoRA of its own and publishes it; for each what `bake_balance` returns.
+
+    Raises BadInput for a LoRA that ZipLoRA did not make, and for names that cannot be used or are not one a parent.
+    """
+    destinations = [host.destination(writer.check_name(output)) for output in outputs]
+    with host.exclusive("ziplora split"):
+        halves = split(host.peek(name).path, destinations, overwrite)
+        return [{"file": str(path), "tag": host.publish(path), **saved} for path, saved in zip(destinations, halves)]
 
 
 class Job:

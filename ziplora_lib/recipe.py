@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import PurePath
 from typing import Literal, Optional
 
 try:  # pydantic 2 keeps version 1's interface here; the WebUI ships pydantic 1, its forks 2
@@ -37,11 +38,18 @@ class Parent(BaseModel, extra=Extra.forbid):
 
     _prompt_is_text = validator("prompt", allow_reuse=True)(_whole_characters)
 
+    @property
+    def name(self) -> str:
+        """The LoRA's name, also where `lora` is a path."""
+        return PurePath(self.lora).name.removesuffix(".safetensors")
+
 
 class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     """Everything that decides a merge."""
 
-    parents: list[Parent] = Field(..., description="one subject and one style")
+    parents: list[Parent] = Field(
+        ..., min_items=2, max_items=8, description="the LoRAs to merge, subjects and styles in any number"
+    )
     output: str = Field(..., description="the name of the new LoRA")
     method: Literal["ziplora", "direct"] = Field("ziplora", description="ziplora learns; direct is the plain sum")
     objective: Literal["relative", "paper", "paper-literal"] = Field("relative", description="form of the loss")
@@ -62,8 +70,35 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     resolution: int = Field(1024, ge=64, le=2048, description="side of the calibration pictures in pixels")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="number format of the saved file")
+    text_encoders: Literal["sum", "learn"] = Field(
+        "sum", description="text encoder layers: added as they are, or their coefficients learned too, which is slower"
+    )
+    equal_norms: bool = Field(
+        False, description="bring the LoRAs to one norm first, for a pair of which one is far stronger than the other"
+    )
+    dense_rank: int = Field(
+        64,
+        ge=0,
+        le=4096,
+        description="rank for layers without factors (DoRA, full, OFT, (IA)³ …); 0 keeps them whole: exact, a large file",
+    )
+    max_rank: Optional[int] = Field(
+        None, ge=1, le=8192, description="largest rank of a saved layer; no limit if not given"
+    )
+    keep_energy: Optional[float] = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of each layer's squared norm to keep when its rank is cut; all if not given",
+    )
+    keep_norm: Optional[float] = Field(
+        None, gt=0, le=1, description="the same as a share of the Frobenius norm; the stricter of the two counts"
+    )
+    layer_names: Literal["kohya", "diffusers", "peft"] = Field(
+        "kohya", description="whose layer names the file has; the WebUI reads kohya's only"
+    )
     overwrite: bool = Field(False, description="replace a LoRA of the same name")
-    allow_same: bool = Field(False, description="merge a LoRA with itself, if both parents are the same file")
+    allow_same: bool = Field(False, description="merge a LoRA with itself, if two parents are the same file")
     pictures: int = Field(4, ge=1, le=32, description="calibration pictures that each LoRA makes")
     samples: int = Field(64, ge=2, le=1024, description="noised calibration samples of each LoRA")
     empty_share: float = Field(
@@ -71,7 +106,7 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         ge=0,
         le=0.9,
         description="share of the samples on the empty prompt, which guidance "
-        "subtracts and neither LoRA's own prompt constrains",
+        "subtracts and no LoRA's own prompt constrains",
     )
     sampler_steps: int = Field(20, ge=1, le=100, description="sampler steps of calibration and preview pictures")
     guidance: float = Field(5.0, ge=1, le=30, description="guidance of calibration and preview pictures")
@@ -86,14 +121,12 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         le=9,
         description="pictures along the balance subject … style after the merge; 1 makes the preview only",
     )
-    preview_prompt: str = Field("", max_length=2000, description="prompt of the preview; both parents' if empty")
+    preview_prompt: str = Field("", max_length=2000, description="prompt of the preview; all parents' if empty")
 
     _preview_prompt_is_text = validator("preview_prompt", allow_reuse=True)(_whole_characters)
 
     @validator("parents")
-    def _one_of_each(cls, parents: list[Parent]) -> list[Parent]:  # noqa: N805
-        if sorted(p.role for p in parents) != ["style", "subject"]:
-            raise ValueError("takes one LoRA with the role subject and one with the role style")
+    def _subjects_first(cls, parents: list[Parent]) -> list[Parent]:  # noqa: N805
         return sorted(parents, key=lambda p: p.role != "subject")
 
     @validator("resolution")
@@ -120,12 +153,25 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         return values
 
     @property
-    def subject(self) -> Parent:
-        return self.parents[0]
+    def titles(self) -> list[str]:
+        """What each parent is called in messages: its role, and its LoRA where several have that role."""
+        roles = [p.role for p in self.parents]
+        return [p.role if roles.count(p.role) == 1 else f"{p.role} {p.name}" for p in self.parents]
 
     @property
-    def style(self) -> Parent:
-        return self.parents[1]
+    def strengths(self) -> list[float]:
+        return [p.strength for p in self.parents]
+
+    @property
+    def whole_or_rank(self) -> int | None:
+        """The rank for layers without factors; None to keep them whole."""
+        return self.dense_rank or None
+
+    @property
+    def kept_share(self) -> float:
+        """The share of a layer's squared norm that a cut of its rank has to keep."""
+        asked = [self.keep_energy, None if self.keep_norm is None else self.keep_norm**2]
+        return max((share for share in asked if share is not None), default=1.0)
 
     @property
     def picture_prompt(self) -> str:

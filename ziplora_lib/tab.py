@@ -12,7 +12,8 @@ from collections.abc import Callable
 import gradio as gr
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, bake_balance, preflight, remember
+from ziplora_lib.job import Job, Result, bake_balance, preflight, remember
+from ziplora_lib.lora.bake import origins
 from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import parse, schema
@@ -56,9 +57,9 @@ SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guid
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
 
-# The plain sum's relative errors on (subject, style) below which it made pictures as good as a learned merge's: they were
-# 1.5 to 4.5 and .17 to .42 on lightly trained pairs, 3.5 to 7.4 and .69 to 1.15 on strongly trained ones.
-LIGHT_PAIR = (4.0, 0.55)
+# The plain sum's relative errors below which it made pictures as good as a learned merge's: they were 1.5 to 4.5 and .17 to
+# .42 on lightly trained pairs, 3.5 to 7.4 and .69 to 1.15 on strongly trained ones.
+LIGHT_PAIR = {"subject": 4.0, "style": 0.55}
 # an error this much smaller than the plain sum's counts as closer
 CLOSER = 0.95
 
@@ -157,7 +158,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         if job.result is None:
             text = job.error or job.state
             return [*pickers_now, *_nothing(_error(text, "Failed") if job.state == "failed" else _line(_capital(text)))]
-        pictures = [(picture, _caption(point)) for point, picture in job.result.pictures]
+        pictures = [(picture, _caption(point, job.result)) for point, picture in job.result.pictures]
         gallery = gr.update(value=pictures, columns=max(1, len(pictures)), visible=bool(pictures))
         return [*pickers_now, gr.update(visible=True), job.result.tag, gallery, _result(job)]
 
@@ -166,10 +167,12 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
 
     def save_balance(current: str, value: float, output: str):
         name = current.removeprefix("<lora:").rpartition(":")[0]
-        side = "subject" if value < 0 else "style"
-        output = output.strip() or f"{name}-{side}{abs(value):.0%}".replace("%", "")
         try:
-            done = bake_balance(host, name, output, balance.weights(value))
+            parents = origins(host.peek(name))
+            roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
+            side = balance.side(value, roles, names)
+            output = output.strip() or f"{name}-{side}{abs(value):.0%}".replace("%", "")
+            done = bake_balance(host, name, output, balance.weights(value, roles))
         except BadInput as error:
             return *[gr.update() for _ in pickers], _error(str(error))
         return *listed(), _line(f"Saved: {done['tag']} ({_size(done['bytes'])})")
@@ -466,7 +469,7 @@ def _ready(report: dict) -> str:
     """The preflight in a line, and its warnings."""
     parents = report["parents"]
     bases = list(dict.fromkeys(p["base"] for p in parents))
-    base = f"both {bases[0]}" if len(bases) == 1 else " and ".join(bases)
+    base = f"{_count(parents)} {bases[0]}" if len(bases) == 1 else " and ".join(bases)
     ranks = " and ".join("/".join(map(str, p["ranks"][:3])) + ("/…" if len(p["ranks"]) > 3 else "") for p in parents)
     said = (
         f"{base}, {report['learned_layers']} layers learned, rank {ranks}, a file of {_size(report['bytes'])}, "
@@ -479,56 +482,61 @@ def _size(n: int) -> str:
     return f"{n / 1e6:.0f} MB" if n >= 1e7 else f"{n / 1e6:.1f} MB"
 
 
-def _caption(point: float) -> str:
-    if point == 0:
-        return "as learned"
-    subject, style = balance.weights(point)
-    return f"more {'subject' if point < 0 else 'style'} ({subject:.2f} : {style:.2f})"
+def _caption(point: float, result: Result) -> str:
+    parents = result.preflight["parents"]
+    return balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
 
 
 def _result(job: Job) -> str:
     result = job.result
-    names = [parent["name"] for parent in result.preflight["parents"]]
     state = "Stopped early, and kept" if result.stopped else "Done"
     words = " and ".join(f"“{p.prompt}”" for p in job.recipe.parents if p.prompt)
-    use = f"{result.tag} is in your Lora folder. " + (f"Prompt it with the words of both: {words}." if words else "")
+    use = f"{result.tag} is in your Lora folder. " + (
+        f"Prompt it with the words of {_count(job.recipe.parents)}: {words}." if words else ""
+    )
     head = f"<p><b>{state}:</b> {html.escape(use)}</p>"
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items() if seconds >= 0.5)
     foot = f"<p class='ziplora_small'>{html.escape(result.file)} ({_size(result.saved['bytes'])}). {spent}.</p>"
-    return head + _learned(result.learned, names) + _warnings(result.warnings) + foot
+    return head + _learned(result.learned, result.preflight["parents"]) + _warnings(result.warnings) + foot
 
 
-def _learned(learned: dict, names: list[str]) -> str:
+def _count(parents: list) -> str:
+    return "both" if len(parents) == 2 else "all"
+
+
+def _learned(learned: dict, parents: list[dict]) -> str:
     """What was learned, in plain words."""
     merged, summed = learned.get("error"), learned.get("error_plain_sum")
     if not merged or not summed:
-        return _line("The two LoRAs were added as they are; nothing was learned.")
+        return _line("The LoRAs were added as they are; nothing was learned.")
     rows = "".join(
-        f"<tr><td>{role.capitalize()} <i>{html.escape(name)}</i></td><td>{_short(was)}</td><td>{_short(now)}</td></tr>"
-        for role, name, was, now in zip(ROLES, names, summed, merged)
+        f"<tr><td>{_capital(parent['role'])} <i>{html.escape(parent['name'])}</i></td>"
+        f"<td>{_short(was)}</td><td>{_short(now)}</td></tr>"
+        for parent, was, now in zip(parents, summed, merged)
     )
     return (
-        f"<p>{html.escape(_verdict(merged, summed, names))}</p>"
+        f"<p>{html.escape(_verdict(merged, summed, parents))}</p>"
         "<table class='ziplora_errors'><tr><th>Distance from the LoRA alone</th><th>plain sum</th><th>zipped</th></tr>"
         f"{rows}</table><p class='ziplora_small'>0: just as that LoRA alone; 1: as far off as with no LoRA at all. "
         f"Best at step {learned['best_step']}.</p>"
     )
 
 
-def _verdict(merged: list[float], summed: list[float], names: list[str]) -> str:
+def _verdict(merged: list[float], summed: list[float], parents: list[dict]) -> str:
     """Whether zipping paid: the errors against each LoRA alone, beside those of the plain sum."""
-    both = " ".join(f"<lora:{name}:1>" for name in names)
+    tags = " ".join(f"<lora:{parent['name']}:1>" for parent in parents)
+    these, them = ("pair", "the two") if len(parents) == 2 else ("group", "them")
     if not any(now < CLOSER * was for now, was in zip(merged, summed)):
-        return f"Zipping did not pay for this pair: plainly adding the two, {both}, does as well."
+        return f"Zipping did not pay for this {these}: plainly adding {them}, {tags}, does as well."
     parts = []
-    for role, now, was in zip(ROLES, merged, summed):
+    for parent, now, was in zip(parents, merged, summed):
         if now < CLOSER * was:
-            parts.append(f"{_short(was / max(now, 1e-9))} times smaller on the {role}")
+            parts.append(f"{_short(was / max(now, 1e-9))} times smaller on the {parent['title']}")
         else:
-            parts.append(f"{'larger' if now > was / CLOSER else 'as large'} on the {role}")
-    text = f"Compared with plainly adding the two, the error is {' and '.join(parts)}."
-    if all(was < light for was, light in zip(summed, LIGHT_PAIR)):
-        text += f" But this pair gets along well anyway: plainly adding them, {both}, may look as good. Compare."
+            parts.append(f"{'larger' if now > was / CLOSER else 'as large'} on the {parent['title']}")
+    text = f"Compared with plainly adding {them}, the error is {' and '.join(parts)}."
+    if all(was < LIGHT_PAIR[parent["role"]] for was, parent in zip(summed, parents)):
+        text += f" But this {these} gets along well anyway: plainly adding them, {tags}, may look as good. Compare."
     return text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ziplora_lib.__main__ import summary
-from ziplora_lib.comparison import ROWS, comparison
+from ziplora_lib.comparison import comparison, row_labels
 from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import STYLE_PROMPT, SUBJECT_PROMPT, write_samples
 from ziplora_lib.job import run
@@ -47,9 +47,8 @@ def main(folder: Path) -> None:
     print(f"zipping them: {recipe.steps} steps …", flush=True)
     result = run(recipe, host)
     print("drawing the strip …", flush=True)
-    strip(comparison(recipe, Path(result.file), host, SEEDS), ROWS, [f"seed {s}" for s in SEEDS]).save(
-        folder / "strip.png"
-    )
+    rows = comparison(recipe, Path(result.file), host, SEEDS)
+    strip(rows, row_labels(recipe), [f"seed {s}" for s in SEEDS]).save(folder / "strip.png")
     report = {**result.public(), "history": result.history, "recipe": json.loads(recipe.json())}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(summary(result))

@@ -6,7 +6,7 @@ Fields: kohya-ss (ss_*), the WebUI's sshs_model_hash, Stability AI's modelspec.*
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ziplora_lib import __version__
 from ziplora_lib.lora.reader import Lora
@@ -48,38 +48,41 @@ def trigger_words(lora: Lora) -> tuple[str, str]:
 
 
 def merged_metadata(
-    name: str, parents: Sequence[Lora], ranks: dict[str, tuple[int, ...]], recipe: dict, learned: dict, prediction: str
+    name: str,
+    parents: Sequence[Lora],
+    ranks: dict[str, tuple[int, ...]],
+    recipe: dict,
+    learned: dict,
+    base: str,
+    prediction: str,
 ) -> dict[str, str]:
     """The metadata of a merged LoRA, all but the hash, which the writer adds once the bytes are known.
 
-    ranks: each layer key's rank split, in the parents' order; learned: the coefficients' summary. No date and no path:
-    the same merge gives the same file.
+    ranks: each layer key's rank split, in the parents' order; learned: the coefficients' summary; base and prediction: the
+    model's, as hosts name them. No date and no path: the same merge gives the same file.
     """
-    known = [p.metadata.get("ss_base_model_version", "") for p in parents]
     triggers = ", ".join(dict.fromkeys(words for words, _ in map(trigger_words, parents) if words))
     tags = {f"{p.name}: {f}": _frequent(t) for p in parents for f, t in list(tag_frequency(p).items())[:KEPT_FOLDERS]}
     rank = max(sum(r) for r in ranks.values())
     resolution = int(recipe.get("resolution", 1024))
     meta = {
-        "ss_base_model_version": next((v for v in known if v.startswith("sdxl_")), "sdxl_base_v1-0"),
+        **_base_fields(base, prediction, [p.metadata.get("ss_base_model_version", "") for p in parents]),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_output_name": name,
-        "ss_v2": "False",
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_training_comment": "merged by ZipLoRA from " + " and ".join(p.name for p in parents),
         "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": name,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": prediction,
         "modelspec.merged_from": ", ".join(p.name for p in parents),
         "ziplora.version": __version__,
         "ziplora.recipe": json.dumps(recipe, ensure_ascii=False, sort_keys=True),
-        "ziplora.parents": json.dumps([{"name": p.name, "sha256": p.hash} for p in parents], ensure_ascii=False),
+        "ziplora.parents": json.dumps(
+            [_origin(p, chosen) for p, chosen in zip(parents, recipe["parents"])], ensure_ascii=False
+        ),
         "ziplora.ranks": json.dumps(_rank_table(ranks)),
         "ziplora.coefficients": json.dumps(learned, sort_keys=True),
     }
@@ -88,6 +91,68 @@ def merged_metadata(
     for field in ("ss_sd_model_name", "ss_sd_model_hash", "ss_clip_skip"):
         if value := next((p.metadata[field] for p in parents if p.metadata.get(field)), None):
             meta[field] = value
+    return meta
+
+
+def _base_fields(base: str, prediction: str, versions: Sequence[str]) -> dict[str, str]:
+    """What a file says of its base model, as kohya's trainer puts it. versions: what the parents' files say of theirs."""
+    v = prediction == "v"
+    begins, version, architecture, implementation = {
+        "sdxl": (
+            "sdxl_",
+            "sdxl_base_v1-0",
+            "stable-diffusion-xl-v1-base",
+            "https://github.com/Stability-AI/generative-models",
+        ),
+        "sd1": ("sd_v1", "sd_v1_v" if v else "sd_v1", "stable-diffusion-v1", "diffusers"),
+        "sd2": (
+            "sd_v2",
+            "sd_v2_v" if v else "sd_v2",
+            "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512",
+            "diffusers",
+        ),
+    }[base]
+    return {
+        "ss_base_model_version": next((found for found in versions if found.startswith(begins)), version),
+        "ss_v2": str(base == "sd2"),
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": implementation,
+        "modelspec.prediction_type": prediction,
+    }
+
+
+def _origin(parent: Lora, chosen: dict) -> dict[str, str]:
+    """What a merged file keeps of one parent; its prompt has the trigger words where its file does not say them."""
+    trigger = trigger_words(parent)[0] or chosen["prompt"]
+    return {"name": parent.name, "sha256": parent.hash, "role": chosen["role"], "trigger": trigger}
+
+
+def half_metadata(name: str, merged: Lora, origin: Mapping[str, str], rank: int) -> dict[str, str]:
+    """The metadata of one parent's half of a merged LoRA, all but the hash. origin: as in ziplora.parents."""
+    parent = origin["name"]
+    tags = {f.removeprefix(f"{parent}: "): t for f, t in tag_frequency(merged).items() if f.startswith(f"{parent}: ")}
+    # what is true of the whole alone
+    whole = (
+        "modelspec.merged_from",
+        "modelspec.trigger_phrase",
+        "ziplora.parents",
+        "ziplora.ranks",
+        "ziplora.coefficients",
+    )
+    kept = {field: value for field, value in merged.metadata.items() if field not in whole}
+    source = {"name": merged.name, "sha256": merged.hash, "parent": dict(origin)}
+    meta = {
+        **kept,
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": name,
+        "ss_training_comment": f"the half of {parent} in {merged.name}, split by ZipLoRA",
+        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
+        "modelspec.title": name,
+        "ziplora.split_from": json.dumps(source, ensure_ascii=False),
+    }
+    if origin["trigger"]:
+        meta["modelspec.trigger_phrase"] = origin["trigger"]
     return meta
 
 
