@@ -1,0 +1,113 @@
+"""Every kind of LoRA in a real WebUI: what it does alone is what it does through a merge.
+
+The files are LyCORIS' own, with random values that are gentle enough for a picture. Each is added to a LoRA that is zero;
+then `<lora:A:1>` and the sum must give the same picture.
+"""
+
+import numpy as np
+import pytest
+import torch
+from kohya_files import write_lora
+from safetensors.torch import save_file
+from test_merge import PICTURE, merge
+
+from ziplora_lib.hosts.miniature import build_miniature
+from ziplora_lib.lora.reader import read
+
+pytest.importorskip("lycoris")
+
+PROMPT = "a photo of a dog"
+
+# name: (kind that the reader tells, LyCORIS' algorithm, its options, the size of the random values)
+FILES = {
+    "lora": ("LoRA", "locon", dict(linear_dim=4, linear_alpha=2, conv_dim=None), 0.1),
+    "locon": ("LoCon", "locon", dict(linear_dim=4, linear_alpha=2, conv_dim=4, conv_alpha=2), 0.1),
+    "tucker": ("LoCon", "locon", dict(linear_dim=4, conv_dim=4, use_tucker=True), 0.15),
+    "loha": ("LoHa", "loha", dict(linear_dim=3, linear_alpha=2, conv_dim=2), 0.3),
+    "loha-tucker": ("LoHa", "loha", dict(linear_dim=3, conv_dim=2, use_tucker=True), 0.4),
+    "lokr": ("LoKr", "lokr", dict(linear_dim=2, linear_alpha=1, conv_dim=2, factor=4), 0.3),
+    "lokr-both": ("LoKr", "lokr", dict(linear_dim=2, conv_dim=2, factor=4, decompose_both=True), 0.33),
+    "lokr-full": ("LoKr", "lokr", dict(linear_dim=100000, conv_dim=100000, factor=4), 0.15),
+    "glora": ("GLoRA", "glora", dict(linear_dim=4, linear_alpha=2, conv_dim=None), 0.08),
+    "ia3": ("(IA)³", "ia3", dict(), 0.1),
+    "oft": ("OFT", "diag-oft", dict(linear_dim=4, linear_alpha=0, conv_dim=None), 0.1),
+    "boft": ("BOFT", "boft", dict(linear_dim=4, linear_alpha=0, conv_dim=None), 0.05),
+    "full": ("full", "full", dict(), 0.1),
+    "norm": ("norm", "locon", dict(linear_dim=4, conv_dim=None, train_norm=True), 0.1),
+    "dora": ("DoRA of LoRA", "locon", dict(linear_dim=4, conv_dim=None, weight_decompose=True, wd_on_out=False), 0.05),
+    "dora-loha": ("DoRA of LoHa", "loha", dict(linear_dim=3, conv_dim=None, weight_decompose=True, wd_on_out=False), 0.3),
+}
+# LyCORIS has given the four matrices each other's names since; the WebUI knows the older ones only
+_SWAPPED = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
+RENAMED = {"glora": _SWAPPED}
+# the WebUI leaves the first upsampler out when a LoRA is prompted with, and the merge does not
+LEFT_OUT = ("upsamplers",)
+
+
+def fill(network, size: float) -> None:
+    """Random values of a size that changes a picture and does not spoil it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(p: torch.Tensor) -> torch.Tensor:
+        return torch.randn(p.shape, generator=generator)
+
+    with torch.no_grad():
+        for module in network.loras:
+            if type(module).__name__ == "FullModule":  # its parameters are the changed weights themselves
+                module.weight.copy_(module._org_weight[0] * (1 + size * noise(module.weight)))
+                if module.bias is not None:
+                    module.bias.copy_(module.org_bias[0] + 0.02 * noise(module.bias))
+                continue
+            for name, p in module.named_parameters():
+                if name == "dora_scale":
+                    weight = module.org_module[0].weight
+                    own = weight.square().sum([d for d in range(weight.ndim) if d != 1], keepdim=True).sqrt()
+                    p.copy_(own * (1 + 0.05 * noise(p)))
+                else:
+                    p.copy_(noise(p) * size)
+
+
+def write_kind(path, network_of, name: str) -> None:
+    """One of FILES, for the whole miniature, spelled as kohya's trainer spells it."""
+    _, algo, options, size = FILES[name]
+    network = network_of(build_miniature(), algo, **options)
+    fill(network, size)
+    tensors = {}
+    for key, value in network.state_dict().items():
+        if any(part in key for part in LEFT_OUT):
+            continue
+        layer, _, part = key.partition(".")
+        for encoder in ("lora_te1_", "lora_te2_"):
+            # the trainer's older transformers wrap the encoder once more
+            layer = layer.replace(f"{encoder}encoder", f"{encoder}text_model_encoder")
+        tensors[f"{layer}.{RENAMED.get(name, {}).get(part, part)}"] = value.detach().clone().contiguous()
+    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0"})
+
+
+@pytest.fixture(scope="session")
+def zero(webui):
+    """A LoRA that changes nothing."""
+    path = webui.lora_dir / "zero.safetensors"
+    write_lora(path, build_miniature(), seed=3, rank=2, alpha=2.0, only="attn1_to_q", strength=0.0)
+    return path.stem
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_alone_and_added_to_nothing_give_the_same_picture(webui, zero, lycoris_network, name):
+    path = webui.lora_dir / f"kind-{name}.safetensors"
+    write_kind(path, lycoris_network, name)
+    assert FILES[name][0] in read(path).kinds
+    webui.post("/sdapi/v1/refresh-loras")
+    body = {
+        "parents": [{"lora": path.stem, "role": "subject"}, {"lora": zero, "role": "style"}],
+        **dict(output=f"sum-{name}", method="direct", dtype="fp32", dense_rank=0),
+        **dict(resolution=256, balance_points=1, sampler_steps=1, overwrite=True),
+    }
+    state = merge(webui, body)
+    assert state["state"] == "done", state.get("error")
+    alone, summed = (webui.txt2img(f"{PROMPT} <lora:{n}:1>", seed=5, **PICTURE) for n in (path.stem, f"sum-{name}"))
+    without = webui.txt2img(PROMPT, seed=5, **PICTURE)
+    change = np.abs(alone.astype(int) - without)
+    assert change.max() > 20, f"{name} changes next to nothing"
+    assert ((alone > 5) & (alone < 250)).mean() > 0.2, f"{name} spoils the picture"
+    assert np.abs(alone.astype(int) - summed).max() <= 2
