@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ziplora_lib import __version__
-from ziplora_lib.lora.metadata import merged_metadata, tag_frequency, trigger_words
+from ziplora_lib.lora.metadata import merged_metadata, tag_frequency, trained_elsewhere, trigger_words
 from ziplora_lib.lora.reader import Lora
 
 
@@ -106,3 +106,30 @@ def test_what_a_parent_says_of_its_base_is_kept():
     said = {"ss_base_model_version": "sd_v1_v"}
     meta = merged_metadata("x", [lora("a"), lora("b", said)], {"k": (1, 1)}, CAST, {}, "sd1", "epsilon")
     assert meta["ss_base_model_version"] == "sd_v1_v"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "model", "warned"),
+    [
+        ("ponyDiffusionV6XL.safetensors", "ponyDiffusionV6XL", False),
+        ("/models/ponyDiffusionV6XL.safetensors", "some-other-xl", True),
+        (r"C:\models\Illustrious-XL-v0.1.safetensors", "ponyDiffusionV6XL", True),
+        ("sd_xl_base_1.0.safetensors", "ponyDiffusionV6XL", False),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "anything", False),
+        ("", "anything", False),
+    ],
+)
+def test_a_lora_of_another_fine_tune_is_told(trained_on, model, warned):
+    dog = lora(metadata={"ss_sd_model_name": trained_on})
+    said = trained_elsewhere(dog, model, "epsilon")
+    assert len(said) == warned
+    if warned:
+        assert "dog" in said[0]
+        assert model in said[0]
+
+
+@pytest.mark.parametrize(("own", "model", "warned"), [("v", "epsilon", True), ("epsilon", "v", True), ("v", "v", False)])
+def test_a_lora_for_another_prediction_is_told(own, model, warned):
+    dog = lora(metadata={"modelspec.prediction_type": own})
+    assert len(trained_elsewhere(dog, "base", model)) == warned
+    assert not trained_elsewhere(lora(), "base", model)

@@ -143,7 +143,9 @@ def test_three_loras_are_all_pairs(penalty):
     m = torch.randn(3, 3, generator=generator)
 
     def of(*pair):
-        return float(penalty(m[list(pair)], Columns(known.grams[list(pair)][:, list(pair)], known.sizes, torch.ones(2, 3))))
+        return float(
+            penalty(m[list(pair)], Columns(known.grams[list(pair)][:, list(pair)], known.sizes, torch.ones(2, 3)))
+        )
 
     if penalty is overlap:
         inner = {(i, k): float(known.grams[i, k].abs().sum()) for i, k in ((0, 1), (0, 2), (1, 2))}

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
             f"{role}, with several the first to the first, and so on: a folder for more than one picture, '' for none",
             metavar="PATH",
         )
-    zip_.add_argument("--model", default="miniature", help="SDXL folder, .safetensors file, hub id, or miniature")
+    zip_.add_argument("--model", default="miniature", help="folder, .safetensors file, hub id, or a miniature[-sd1]")
     zip_.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is by default")
     zip_.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the merged LoRA")
     zip_.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done and learned")

@@ -25,7 +25,7 @@ from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
 from ziplora_lib.lora.extras import embedding_tensors, extra_tensors
 from ziplora_lib.lora.limit import limit
-from ziplora_lib.lora.metadata import merged_metadata, trigger_words
+from ziplora_lib.lora.metadata import merged_metadata, trained_elsewhere, trigger_words
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
@@ -126,6 +126,7 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
     for i, (parent, lora) in enumerate(zip(details["parents"], loras)):
         parent["role"], parent["title"] = recipe.parents[i].role, recipe.titles[i]
         parent["trigger"], parent["trigger_from"] = trigger_words(lora)
+        details["warnings"] += trained_elsewhere(lora, model.name, model.prediction)
     if model.base == "sd1" and recipe.resolution > LARGEST_SD1:
         details["warnings"].append(
             f"SD 1.5 doubles what it shows in pictures above {LARGEST_SD1} pixels, and these have {recipe.resolution}; "
@@ -187,6 +188,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         if loss is not None:
             warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}")
         saved = _save(recipe, ready, merged, stacks, pairing.vectors)
+        saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
         phase_done("save")
         with attach(ready.slots, stacks, pairing.vectors) as router:

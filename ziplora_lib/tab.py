@@ -40,10 +40,19 @@ ADVANCED = {
         "sampler_steps": "Sampler steps",
         "guidance": "Guidance",
     },
+    "LoRAs": {
+        "equal_norms": "Equal norms",
+        "text_encoders": "Text encoders",
+        "dense_rank": "Rank of dense layers",
+    },
     "Result": {
         "balance_points": "Pictures along the balance",
         "preview_prompt": "Preview prompt",
         "dtype": "Precision",
+        "max_rank": "Largest rank",
+        "keep_energy": "Energy to keep",
+        "keep_norm": "Norm to keep",
+        "layer_names": "Layer names",
         "overwrite": "Overwrite",
         "allow_same": "Allow the same LoRA twice",
     },
@@ -52,8 +61,10 @@ LABELS = {"output": "Output name", "steps": "Steps", "seed": "Seed"}
 LABELS |= {field: label for group in ADVANCED.values() for field, label in group.items()}
 
 # fields typed as a number; the other numbers are sliders with these steps, 1 where nothing is said
-TYPED = {"seed", "lr"}
+TYPED = {"seed", "lr", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
+# what an empty box means
+NOT_GIVEN = dict.fromkeys(("lam", "start"), "the objective's own")
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
 
@@ -208,7 +219,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
         filled = gr.State({})
         task = gr.Textbox(visible=False, elem_id="ziplora_task")
         running = gr.Textbox(visible=False, elem_id="ziplora_job")
-        gr.HTML(_line("Merges two LoRAs for SDXL, what is in the picture and how it looks, into one new LoRA."))
+        gr.HTML(_line("Merges two LoRAs, what is in the picture and how it looks, into one new LoRA."))
         with gr.Row(elem_id="ziplora_pair", equal_height=False):
             for role in ROLES:
                 with gr.Column(variant="compact", elem_id=f"ziplora_{role}", min_width=260):
@@ -383,7 +394,7 @@ def _control(field: str, **layout) -> gr.components.Component:
     if about["type"] == "string":
         return gr.Textbox(default or "", max_lines=1, **common)
     if default is None:
-        return gr.Textbox("", placeholder="the objective's own", max_lines=1, **common)
+        return gr.Textbox("", placeholder=NOT_GIVEN.get(field, "no limit"), max_lines=1, **common)
     if field in TYPED:
         return gr.Number(default, precision=0 if about["type"] == "integer" else None, **common)
     return gr.Slider(about["minimum"], about["maximum"], default, step=SLIDER_STEP.get(field, 1), **common)
@@ -470,12 +481,18 @@ def _ready(report: dict) -> str:
     parents = report["parents"]
     bases = list(dict.fromkeys(p["base"] for p in parents))
     base = f"{_count(parents)} {bases[0]}" if len(bases) == 1 else " and ".join(bases)
-    ranks = " and ".join("/".join(map(str, p["ranks"][:3])) + ("/…" if len(p["ranks"]) > 3 else "") for p in parents)
+    what = " and ".join(map(_kinds_and_ranks, parents))
     said = (
-        f"{base}, {report['learned_layers']} layers learned, rank {ranks}, a file of {_size(report['bytes'])}, "
+        f"{base}, {what}, {report['learned_layers']} layers learned, a file of {_size(report['bytes'])}, "
         f"on {report['model']['name']}"
     )
     return f"<p><b>Ready:</b> {html.escape(said)}.</p>{_warnings(report['warnings'])}"
+
+
+def _kinds_and_ranks(parent: dict) -> str:
+    kinds = "/".join(parent["kinds"])
+    ranks = "/".join(map(str, parent["ranks"][:3])) + ("/…" if len(parent["ranks"]) > 3 else "")
+    return f"{kinds} of rank {ranks}" if ranks else kinds
 
 
 def _size(n: int) -> str:

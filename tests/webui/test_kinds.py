@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from kohya_files import write_lora
+from PIL import Image
 from safetensors.torch import save_file
 from test_merge import PICTURE, merge
 
-from ziplora_lib.hosts.miniature import build_miniature
+from ziplora_lib.hosts.miniature import TEXT_2_WIDTH, TEXT_WIDTH, build_miniature
+from ziplora_lib.lora.bake import stacks
 from ziplora_lib.lora.reader import read
 
 pytest.importorskip("lycoris")
 
 PROMPT = "a photo of a dog"
+EMBEDDING = "zorblax"
 
 # name: (kind that the reader tells, LyCORIS' algorithm, its options, the size of the random values)
 FILES = {
@@ -34,8 +37,14 @@ FILES = {
     "boft": ("BOFT", "boft", dict(linear_dim=4, linear_alpha=0, conv_dim=None), 0.05),
     "full": ("full", "full", dict(), 0.1),
     "norm": ("norm", "locon", dict(linear_dim=4, conv_dim=None, train_norm=True), 0.1),
+    "embedding": ("LoRA", "locon", dict(linear_dim=4, conv_dim=None), 0.05),
     "dora": ("DoRA of LoRA", "locon", dict(linear_dim=4, conv_dim=None, weight_decompose=True, wd_on_out=False), 0.05),
-    "dora-loha": ("DoRA of LoHa", "loha", dict(linear_dim=3, conv_dim=None, weight_decompose=True, wd_on_out=False), 0.3),
+    "dora-loha": (
+        "DoRA of LoHa",
+        "loha",
+        dict(linear_dim=3, conv_dim=None, weight_decompose=True, wd_on_out=False),
+        0.3,
+    ),
 }
 # LyCORIS has given the four matrices each other's names since; the WebUI knows the older ones only
 _SWAPPED = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
@@ -81,6 +90,10 @@ def write_kind(path, network_of, name: str) -> None:
             # the trainer's older transformers wrap the encoder once more
             layer = layer.replace(f"{encoder}encoder", f"{encoder}text_model_encoder")
         tensors[f"{layer}.{RENAMED.get(name, {}).get(part, part)}"] = value.detach().clone().contiguous()
+    if name == "embedding":
+        generator = torch.Generator().manual_seed(1)
+        for part, width in (("clip_l", TEXT_WIDTH), ("clip_g", TEXT_2_WIDTH)):
+            tensors[f"bundle_emb.{EMBEDDING}.{part}"] = torch.randn(2, width, generator=generator)
     save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0"})
 
 
@@ -105,9 +118,54 @@ def test_alone_and_added_to_nothing_give_the_same_picture(webui, zero, lycoris_n
     }
     state = merge(webui, body)
     assert state["state"] == "done", state.get("error")
-    alone, summed = (webui.txt2img(f"{PROMPT} <lora:{n}:1>", seed=5, **PICTURE) for n in (path.stem, f"sum-{name}"))
-    without = webui.txt2img(PROMPT, seed=5, **PICTURE)
+    prompt = f"{PROMPT} {EMBEDDING}" if name == "embedding" else PROMPT
+    alone, summed = (webui.txt2img(f"{prompt} <lora:{n}:1>", seed=5, **PICTURE) for n in (path.stem, f"sum-{name}"))
+    without = webui.txt2img(prompt, seed=5, **PICTURE)
     change = np.abs(alone.astype(int) - without)
     assert change.max() > 20, f"{name} changes next to nothing"
     assert ((alone > 5) & (alone < 250)).mean() > 0.2, f"{name} spoils the picture"
     assert np.abs(alone.astype(int) - summed).max() <= 2
+
+
+@pytest.fixture(scope="session")
+def three(webui) -> list[dict]:
+    """Three parents of three kinds."""
+    return [
+        {"lora": "kind-loha", "role": "subject", "prompt": "a photo of sks dog"},
+        {"lora": "kind-dora", "role": "subject", "prompt": "a photo of zwx cat", "strength": 0.8},
+        {"lora": "kind-locon", "role": "style", "prompt": "a house in szn style"},
+    ]
+
+
+@pytest.mark.parametrize("text_encoders", ["sum", "learn"])
+def test_three_kinds_in_one_file(webui, three, lycoris_network, text_encoders):
+    """Zipped, with the prompts read by the coefficients too or not: the tag gives the picture of what was learned."""
+    for parent in three:
+        path = webui.lora_dir / f"{parent['lora']}.safetensors"
+        if not path.exists():
+            write_kind(path, lycoris_network, parent["lora"].removeprefix("kind-"))
+    webui.post("/sdapi/v1/refresh-loras")
+    before = webui.txt2img(PROMPT, seed=5, **PICTURE)
+    name = f"three-{text_encoders}"
+    body = {
+        "parents": three,
+        **dict(output=name, steps=4, samples=4, pictures=1, text_encoders=text_encoders, dtype="fp32", overwrite=True),
+        **dict(resolution=256, balance_points=1, sampler_steps=PICTURE["steps"], guidance=PICTURE["cfg_scale"]),
+    }
+    state = merge(webui, body)
+    assert state["state"] == "done", state.get("error")
+    prompt = ", ".join(parent["prompt"] for parent in three)
+    preview = np.asarray(Image.open(webui.lora_dir / f"{name}.png").convert("RGB")).astype(int)
+    assert np.abs(preview - webui.txt2img(f"{prompt} <lora:{name}:1>", seed=0, **PICTURE)).max() <= 2
+    assert np.abs(preview - webui.txt2img(prompt, seed=0, **PICTURE)).max() > 20
+    assert np.array_equal(webui.txt2img(PROMPT, seed=5, **PICTURE), before)
+    merged, shares = stacks(read(webui.lora_dir / f"{name}.safetensors")), []
+    for i in (0, 2):  # the DoRA's own norms are not in its file
+        own = read(webui.lora_dir / f"{three[i]['lora']}.safetensors").deltas
+        shares += [merged[key].part(i).norm() / delta.norm() for key, delta in own.items() if "_te" in key]
+    assert shares
+    if text_encoders == "sum":
+        assert shares == pytest.approx([1.0] * len(shares), abs=1e-4)
+    else:  # from one half, each column goes its own way
+        assert 0.4 < min(shares) < max(shares) < 0.7
+        assert max(shares) - min(shares) > 1e-3

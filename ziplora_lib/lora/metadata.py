@@ -47,6 +47,43 @@ def trigger_words(lora: Lora) -> tuple[str, str]:
     return "", ""
 
 
+# how the base models themselves are called: LoRAs trained on one of these are meant for all its fine-tunes
+_PLAIN_BASES = (
+    "sd_xl_base",
+    "sdxl_base",
+    "sdxl-base",
+    "stable-diffusion-xl-base",
+    "v1-5",
+    "v1-4",
+    "v2-1",
+    "v2-base",
+    "sd-v1",
+)
+
+
+def trained_elsewhere(lora: Lora, model: str, prediction: str) -> list[str]:
+    """Warnings where a LoRA says that it was trained on another model of the same base, or for another prediction.
+
+    model: the name of the model that it shall work on; prediction: its own, "epsilon" or "v".
+    """
+    said = []
+    trained_on = lora.metadata.get("ss_sd_model_name", "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    plain = _letters(trained_on.removesuffix(".safetensors").removesuffix(".ckpt"))
+    known = not plain or any(_letters(name) in plain for name in _PLAIN_BASES)
+    if not known and plain not in _letters(model) and _letters(model) not in plain:
+        said.append(f"{lora.name} was trained on {trained_on}; on {model} it can look different")
+    own = lora.metadata.get("modelspec.prediction_type", "")
+    if own and own.startswith("v") != (prediction == "v"):
+        said.append(
+            f"{lora.name} was trained for {own}-prediction, but {model} predicts {prediction}; it may not work at all"
+        )
+    return said
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def merged_metadata(
     name: str,
     parents: Sequence[Lora],
