@@ -193,7 +193,7 @@ def _environment(data_dir: Path) -> dict[str, str]:
     }
 
 
-def _prepare(data_dir: Path, options: dict, token: str) -> None:
+def _prepare(data_dir: Path, checkpoint: Path, options: dict, token: str) -> None:
     (data_dir / "models/Lora").mkdir(parents=True)
     (data_dir / "extensions/probe/scripts").mkdir(parents=True)
     extension = data_dir / "extensions/ziplora"
@@ -206,7 +206,7 @@ def _prepare(data_dir: Path, options: dict, token: str) -> None:
     text = PROBE.replace("TOKEN", token).replace("PARENT", str(os.getpid()))
     probe.write_text(text, encoding="utf-8")
     # the default preview, "Approx NN", downloads a file for the first picture
-    settings = {"show_progress_type": "Approx cheap", **options}
+    settings = {"show_progress_type": "Approx cheap", "sd_model_checkpoint": checkpoint.name, **options}
     (data_dir / "config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
@@ -219,7 +219,7 @@ def _run_installer(data_dir: Path, env: dict[str, str], log) -> None:
         subprocess.run(command, cwd=WEBUI_DIR, env=env, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=60)
 
 
-def _wait(webui: WebUI) -> None:
+def _wait(webui: WebUI, base: str) -> None:
     began = time.monotonic()
     while True:
         if webui.process.poll() is not None:
@@ -231,8 +231,8 @@ def _wait(webui: WebUI) -> None:
             break
         time.sleep(0.3)
     # the checkpoint loads in a thread of its own; asking for the model waits for it
-    loaded = webui.run("from modules import shared\nresult = getattr(shared.sd_model, 'is_sdxl', None)")
-    assert loaded is True, f"the miniature did not load as SDXL:\n{webui.log[-5000:]}"
+    loaded = webui.run(f"from modules import shared\nresult = getattr(shared.sd_model, 'is_{base}', None)")
+    assert loaded is True, f"the miniature did not load as {base}:\n{webui.log[-5000:]}"
     webui.start_seconds = time.monotonic() - began
 
 
@@ -248,10 +248,10 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def running_webui(data_dir: Path, checkpoint: Path, flags=(), options=None):
-    """A WebUI in `data_dir` (made here) for as long as the block lasts."""
+def running_webui(data_dir: Path, checkpoint: Path, flags=(), options=None, base: str = "sdxl"):
+    """A WebUI in `data_dir` (made here) with a checkpoint of that base, for as long as the block lasts."""
     token, port, flags = secrets.token_hex(8), _free_port(), [str(flag) for flag in flags]
-    _prepare(data_dir, options or {}, token)
+    _prepare(data_dir, checkpoint, options or {}, token)
     auth = None
     if "--api-auth" in flags:
         user, _, password = flags[flags.index("--api-auth") + 1].split(",")[0].partition(":")
@@ -273,7 +273,7 @@ def running_webui(data_dir: Path, checkpoint: Path, flags=(), options=None):
     webui = WebUI(f"http://127.0.0.1:{port}", data_dir, log_file, process, flags, f"/probe/{token}", auth=auth)
     webui.session.trust_env = False  # no proxy between a test and its own machine
     try:
-        _wait(webui)
+        _wait(webui, base)
         yield webui
     finally:
         webui.session.close()
@@ -296,6 +296,29 @@ def start_webui(tmp_path_factory, sgm_checkpoint):
         return running_webui(tmp_path_factory.mktemp("webui"), sgm_checkpoint, flags, options)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def ldm_checkpoint(tmp_path_factory, sgm_checkpoint) -> Path:
+    """The miniature SD 1.5 as a WebUI checkpoint; in its folder also: as a v-prediction model, an SD 2.x, and the SDXL."""
+    from ldm_miniature import write_ldm_miniature, write_sd2_miniature
+
+    folder = tmp_path_factory.mktemp("ldm-checkpoint")
+    path = write_ldm_miniature(folder)
+    write_sd2_miniature(folder)
+    v, v_config = path.with_name("ziplora-miniature-v.safetensors"), path.with_name("ziplora-miniature-v.yaml")
+    v.symlink_to(path)
+    v_config.write_text(path.with_suffix(".yaml").read_text().replace('"eps"', '"v"'))
+    for kind in (".safetensors", ".yaml"):
+        (folder / f"{sgm_checkpoint.stem}{kind}").symlink_to(sgm_checkpoint.with_suffix(kind))
+    return path
+
+
+@pytest.fixture(scope="session")
+def webui_sd1(tmp_path_factory, ldm_checkpoint):
+    """As `webui`, but with SD 1.5 loaded; `ldm_checkpoint` says what else is in its folder."""
+    with running_webui(tmp_path_factory.mktemp("webui-sd1"), ldm_checkpoint, base="sd1") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

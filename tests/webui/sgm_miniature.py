@@ -150,14 +150,14 @@ def _narrow_encoder_entry(state: dict[str, torch.Tensor], prefix: str, ch: int) 
 # --- text encoders ----------------------------------------------------------------------------------
 
 
-def _text_state(encoder) -> dict[str, torch.Tensor]:
+def text_state(encoder) -> dict[str, torch.Tensor]:
     """The encoder's tensors without `text_model.`, which newer transformers leave out for one of the two classes."""
     state = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
 
 
 def convert_te1(encoder) -> dict[str, torch.Tensor]:
-    return {f"conditioner.embedders.0.transformer.text_model.{k}": v for k, v in _text_state(encoder).items()}
+    return {f"conditioner.embedders.0.transformer.text_model.{k}": v for k, v in text_state(encoder).items()}
 
 
 TE2_LAYER = {
@@ -170,7 +170,7 @@ TE2_LAYER = {
 
 
 def convert_te2(encoder, seed: int) -> dict[str, torch.Tensor]:
-    state = _text_state(encoder)
+    state = text_state(encoder)
     table = state["embeddings.token_embedding.weight"]
     generator = torch.Generator().manual_seed(seed)
     out = {
@@ -213,9 +213,9 @@ def write_te1_folder(folder: Path, encoder, tokenizer) -> None:
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": "float32",
     }
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    _write_json(folder / "vocab.json", tokenizer.get_vocab())
+    write_json(folder / "vocab.json", tokenizer.get_vocab())
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     special = {
@@ -224,14 +224,14 @@ def write_te1_folder(folder: Path, encoder, tokenizer) -> None:
         "unk_token": tokenizer.unk_token,
         "pad_token": tokenizer.pad_token,
     }
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
     )
 
 
-def _write_json(path: Path, value) -> None:
+def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
@@ -257,7 +257,7 @@ def open_clip_config(encoder) -> dict:
     }
 
 
-def _multiples(channels: list[int]) -> list[int]:
+def multiples(channels: list[int]) -> list[int]:
     if any(c % channels[0] for c in channels):
         raise ValueError(f"sgm builds every level as a whole multiple of the first; {channels} is none")
     return [c // channels[0] for c in channels]
@@ -321,7 +321,7 @@ def sgm_config(folder: Path, unet, vae, te1, te2) -> dict:
         "model_channels": channels[0],
         "attention_resolutions": [2**i for i in reversed(attention)],
         "num_res_blocks": u.layers_per_block,
-        "channel_mult": _multiples(channels),
+        "channel_mult": multiples(channels),
         "num_head_channels": width.pop(),
         "use_spatial_transformer": True,
         "use_linear_in_transformer": u.use_linear_projection,
@@ -400,9 +400,9 @@ def write_sgm_miniature(folder: Path, seed: int = 0) -> Path:
     mini = build_miniature(seed)
     unet, vae, te1, te2 = mini.unet, mini.vae, mini.text_encoder, mini.text_encoder_2
     write_te1_folder(folder / "te1", te1, mini.tokenizer)
-    _write_json(folder / f"{OPEN_CLIP_ARCH}.json", open_clip_config(te2))
+    write_json(folder / f"{OPEN_CLIP_ARCH}.json", open_clip_config(te2))
     # the WebUI reads X.yaml with a yaml parser, and JSON is yaml
-    _write_json(folder / f"{NAME}.yaml", sgm_config(folder, unet, vae, te1, te2))
+    write_json(folder / f"{NAME}.yaml", sgm_config(folder, unet, vae, te1, te2))
     state = {**convert_unet(unet), **convert_vae(vae), **convert_te1(te1), **convert_te2(te2, seed)}
     path = folder / f"{NAME}.safetensors"
     save_file({k: v.detach().float().contiguous().clone() for k, v in state.items()}, path)

@@ -1,37 +1,43 @@
-"""The headless host: any SDXL pipeline on diffusers, or the embedded miniature. No WebUI."""
+"""The headless host: any SD 1.5, SD 2.x or SDXL pipeline on diffusers, or an embedded miniature. No WebUI."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Model
+from ziplora_lib.hosts.miniature import MINIATURES
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.reader import Lora, peek, read
 from ziplora_lib.merge.attach import Slot
 from ziplora_lib.recipe import Recipe
 
-MINIATURE = "miniature"
+# of a pipeline, what LoRAs adapt; SD 1.5 and SD 2.x have one text encoder
+ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 
 
 class DiffusersHost:
-    """An SDXL pipeline. LoRAs are paths; what is merged goes into `folder`. Cond: (embeddings, pooled, sizes)."""
+    """A pipeline. LoRAs are paths; what is merged goes into `folder`. Cond: (embeddings,), SDXL: (…, pooled, sizes)."""
 
-    def __init__(self, model: str = MINIATURE, folder: Path = Path("."), device: str = "auto"):
-        """model: miniature, a pipeline's folder, a single .safetensors checkpoint, or a hub id. Raises BadInput."""
+    def __init__(self, model: str = "miniature", folder: Path = Path("."), device: str = "auto"):
+        """model: one of MINIATURES, a pipeline's folder, a single .safetensors checkpoint, or a hub id. Raises BadInput."""
         self.folder = Path(folder)
         self.name = model
         self.device = usable_device(device)
         self.pipe = load(model, torch.float32 if self.device.type == "cpu" else torch.float16).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
+        self.base = base_of(self.pipe)
+        self.adapted = {name: getattr(self.pipe, name) for name in ADAPTED if hasattr(self.pipe, name)}
         # training's noise schedule, whatever the sampler makes of it
         self.alphas = self.pipe.scheduler.alphas_cumprod.clone()
 
@@ -54,7 +60,7 @@ class DiffusersHost:
         prediction = self.pipe.scheduler.config.prediction_type
         return Model(
             self.name,
-            "sdxl",
+            self.base,
             str(self.device),
             str(self.pipe.unet.dtype).removeprefix("torch."),
             "v" if prediction.startswith("v") else prediction,
@@ -62,23 +68,58 @@ class DiffusersHost:
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         known = {}
-        parts = {
-            "unet": self.pipe.unet,
-            "text_encoder": self.pipe.text_encoder,
-            "text_encoder_2": self.pipe.text_encoder_2,
-        }
-        for part, root in parts.items():
+        for part, root in self.adapted.items():
             for name, module in root.named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    known[layer_key(f"{part}.{name}")] = Slot(module)
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
+                    known[layer_key(f"{part}.{name}", self.base)] = Slot(module)
         return {key: known[key] for key in keys if key in known}
+
+    def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:
+        if not lora.dense:
+            return
+        from ziplora_lib.hosts.lycoris import dense_delta
+
+        for key, slot in self.slots(list(lora.dense)).items():
+            try:
+                delta = dense_delta(lora.dense[key], slot.module)
+            except (RuntimeError, ValueError) as error:
+                shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in lora.dense[key].parts.items())
+                raise BadInput(
+                    f"a {lora.dense[key].kind} layer that does not fit the model's, of shape {list(slot.shape)} ({shapes})",
+                    file=lora.path.name,
+                    key=key,
+                    remedy="This LoRA belongs to another model, or the file is damaged",
+                ) from error
+            if delta is not None:
+                yield key, delta.to(self.device)
+
+    @contextmanager
+    def embeddings(self, loras: Sequence[Lora]) -> Iterator[None]:
+        encoders = [("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2")]
+        found = [entry for entry in encoders if entry[1] in self.adapted]
+        before = [(getattr(self.pipe, t), self.adapted[e], self.adapted[e].get_input_embeddings()) for _, e, t in found]
+        bundled = {name: parts for lora in loras for name, parts in lora.embeddings.items()}
+        try:
+            for part, encoder, tokenizer in found if bundled else ():
+                setattr(self.pipe, tokenizer, copy.deepcopy(getattr(self.pipe, tokenizer)))
+                for name, parts in bundled.items():
+                    vectors = parts.get(part, next(iter(parts.values())) if len(parts) == 1 else None)
+                    if vectors is not None:
+                        own = {"text_encoder": self.adapted[encoder], "tokenizer": getattr(self.pipe, tokenizer)}
+                        self.pipe.load_textual_inversion(vectors, token=name, **own)
+            yield
+        finally:
+            for (_, _, tokenizer), (words, encoder, vectors) in zip(found, before):
+                setattr(self.pipe, tokenizer, words)
+                encoder.set_input_embeddings(vectors)
+                encoder.config.vocab_size = vectors.num_embeddings
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     @contextmanager
     def session(self, recipe: Recipe) -> Iterator[None]:
-        roots = [self.pipe.unet, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae]
+        roots = [*self.adapted.values(), self.pipe.vae]
         flags = [(p, p.requires_grad) for root in roots for p in root.parameters()]
         modes = [(module, module.training) for root in roots for module in root.modules()]
         checkpointed = self.pipe.unet.is_gradient_checkpointing
@@ -96,11 +137,16 @@ class DiffusersHost:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-    @torch.no_grad()
-    def encode(self, prompt: str, resolution: int, negative: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings, _, pooled, _ = self.pipe.encode_prompt(
-            prompt, device=self.device, do_classifier_free_guidance=False
-        )
+    def encode(
+        self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False
+    ) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(gradients):
+            embeddings, _, *pooled = self.pipe.encode_prompt(
+                prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        if not pooled:
+            return (embeddings,)
+        pooled = pooled[0]
         if negative and not prompt and self.pipe.config.force_zeros_for_empty_prompt:
             embeddings, pooled = torch.zeros_like(embeddings), torch.zeros_like(pooled)
         sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
@@ -133,10 +179,10 @@ class DiffusersHost:
         alpha = self.alphas.to(latent.device)[t].reshape(-1, 1, 1, 1)
         return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
 
-    def predict(self, x: Tensor, t: Tensor, conds: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        embeddings, pooled, sizes = (torch.cat(parts) for parts in zip(*conds))
+    def predict(self, x: Tensor, t: Tensor, conds: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        embeddings, *added = (torch.cat(parts) for parts in zip(*conds))
         x = x.to(self.device, self.pipe.unet.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes}
+        added = dict(zip(("text_embeds", "time_ids"), added))
         return self.pipe.unet(x, t.to(self.device), encoder_hidden_states=embeddings, added_cond_kwargs=added).sample
 
     def publish(self, path: Path) -> str:
@@ -154,28 +200,37 @@ def usable_device(name: str) -> torch.device:
         raise BadInput(f"the device {name} cannot be used ({reason})", remedy="Give cpu, cuda, mps or auto") from error
 
 
-def load(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The pipeline of a model's name. Raises BadInput for what cannot be loaded or is not SDXL."""
-    if model == MINIATURE:
-        from ziplora_lib.hosts.miniature import build_miniature
-
-        pipe = build_miniature()
+def load(model: str, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The pipeline of a model's name. Raises BadInput for what cannot be loaded or is no plain SD 1.5, SD 2.x or SDXL."""
+    if model in MINIATURES:
+        pipe = MINIATURES[model]()
         return pipe if dtype == torch.float32 else pipe.to(dtype)
-    remedy = "Give miniature, the folder of an SDXL pipeline, a single .safetensors file, or a hub id"
+    remedy = (
+        f"Give {', '.join(MINIATURES)}, the folder of an SD 1.5, SD 2.x or SDXL pipeline, a single .safetensors file, or a "
+        "hub id"
+    )
     try:
         if Path(model).is_file():
-            pipe = StableDiffusionXLPipeline.from_single_file(model, torch_dtype=dtype)
+            with safe_open(model, framework="pt") as file:
+                sdxl = any(name.startswith("conditioner.") for name in file.keys())
         else:
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype)
+            sdxl = DiffusionPipeline.load_config(model)["_class_name"].startswith("StableDiffusionXL")
+        # a safety checker would only be loaded: latents pass it by
+        kind, options = (StableDiffusionXLPipeline, {}) if sdxl else (StableDiffusionPipeline, {"safety_checker": None})
+        start = kind.from_single_file if Path(model).is_file() else kind.from_pretrained
+        pipe = start(model, torch_dtype=dtype, **options)
     except Exception as error:  # diffusers and its hub client raise a dozen kinds, all of which mean this
         raise BadInput(
-            f"cannot be loaded as an SDXL model ({type(error).__name__}: {error})".splitlines()[0],
+            f"cannot be loaded as an SD 1.5, SD 2.x or SDXL model ({type(error).__name__}: {error})".splitlines()[0],
             file=model,
             remedy=remedy,
         ) from error
-    plain = pipe.unet.config.addition_embed_type == "text_time" and pipe.unet.config.in_channels == 4
-    if not plain or pipe.text_encoder is None or pipe.text_encoder_2 is None:
-        raise BadInput("is not a plain SDXL model (an inpainting model, or a refiner?)", file=model, remedy=remedy)
+    if base_of(pipe) is None:
+        raise BadInput(
+            "is not a plain SD 1.5, SD 2.x or SDXL model (an inpainting model, or a refiner?)",
+            file=model,
+            remedy=remedy,
+        )
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise BadInput(
             f"was trained with another kind of noise ({type(pipe.scheduler).__name__})", file=model, remedy=remedy
@@ -183,3 +238,14 @@ def load(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in half precision
     return pipe
+
+
+def base_of(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> str | None:
+    """Its base model, "sd1", "sd2" or "sdxl", by what its UNet reads; None for one that reads more or other things."""
+    config = pipe.unet.config
+    if config.in_channels != 4 or config.class_embed_type is not None or pipe.text_encoder is None:
+        return None
+    if config.addition_embed_type == "text_time":
+        return "sdxl" if getattr(pipe, "text_encoder_2", None) is not None else None
+    widths = {768: "sd1", 1024: "sd2"}
+    return widths.get(config.cross_attention_dim) if config.addition_embed_type is None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ Cond = Any
 
 @dataclass(frozen=True)
 class Model:
-    """What the host says of its model. prediction: "epsilon" or "v"."""
+    """What the host says of its model. base: "sd1", "sd2" or "sdxl"; prediction: "epsilon" or "v"."""
 
     name: str
     base: str
@@ -54,14 +54,26 @@ class Host(Protocol):
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         """The live modules of those layer keys that the model has."""
 
+    def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:
+        """ΔW of a LoRA's dense layers, as the host itself applies them to its model, with their keys; in a session.
+
+        Layers that the model does not have, or that the host cannot apply, are left out.
+        """
+
+    def embeddings(self, loras: Sequence[Lora]) -> AbstractContextManager[None]:
+        """The LoRAs' bundled embeddings, known to `encode` and `sample` meanwhile."""
+
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """The host to ourselves: waits for its other work, and that for us."""
 
     def session(self, recipe: Recipe) -> AbstractContextManager[None]:
         """Base model bare, in eval mode, without gradients for its weights; exit restores all that was found."""
 
-    def encode(self, prompt: str, resolution: int, negative: bool = False) -> Cond:
-        """Encodes a prompt with the text encoders as they now are. negative: as the sampler's negative prompt."""
+    def encode(self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False) -> Cond:
+        """Encodes a prompt with the text encoders as they now are. negative: as the sampler's negative prompt.
+
+        gradients: the result is differentiable in what is attached to the text encoders.
+        """
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
         """A picture's latent, (1, 4, h, w), from the host's own sampler. Raises Stopped if the host broke it off."""

@@ -68,7 +68,7 @@ def _undecomposed(kind: str, parts: dict[str, Tensor], module: nn.Module, weight
             "layer", _bare(module, weight), a1, a2, b1, b2, parts.get("bm.weight"), alpha
         )
         return adapter.get_diff_weight()[0]
-    return kinds.base_factors(kind, parts, None).dense()
+    return kinds.base_factors(kind, parts).dense()
 
 
 def _bare(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -1,10 +1,12 @@
-"""The embedded miniature: a small SDXL made from code and a seed, without files and without downloads.
+"""The embedded miniatures: a small SDXL and a small SD 1.5 from code and a seed, without files and without downloads.
 
-It keeps SDXL's structure, so that everything which holds for SDXL's layer names and conditioning holds here too: the
-UNet's block types and numbers (`input_blocks.4.1`, `middle_block.1`, `output_blocks.0.1`, ...), two text encoders whose
-penultimate states are concatenated, pooled text plus six sizes as the added condition, and a VAE of factor 8 with four
-latent channels. Only widths and depths are small. Every part has an exact twin among sgm's classes (32 groups in every
-norm, attention heads of width 16, linear projections in the transformers), so its weights can be carried into a WebUI.
+Each keeps its original's structure, so that everything which holds for the original's layer names and conditioning holds
+here too: the UNet's block types and numbers (`input_blocks.4.1`, `middle_block.1`, `output_blocks.0.1`, ...) and a VAE of
+factor 8 with four latent channels. SDXL: two text encoders whose penultimate states are concatenated, pooled text plus
+six sizes as the added condition, heads of width 16, linear projections in the transformers. SD 1.5: one text encoder of
+its true width, 768, by which a LoRA's base is told, eight heads at every width, 1x1 convolutions as projections. All other
+widths and depths are small. Every part has an exact twin among sgm's and ldm's classes (32 groups in every norm), so its
+weights can be carried into a WebUI.
 
 What is random: the UNet and the text encoders. What is not: the VAE is a real (linear) autoencoder whose weights are
 worked out by hand, and the UNet has, beside its random paths, one direct path on which "the noise is what came in".
@@ -13,13 +15,20 @@ worked out by hand, and the UNet has, beside its random paths, one direct path o
 from collections.abc import Iterable
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TEXT_WIDTH = 32
 TEXT_2_WIDTH = 64
 POOLED_WIDTH = 64
+SD1_TEXT_WIDTH = 768
 SIZE_WIDTH = 32  # sinusoid width of each of the six sizes (sgm: ConcatTimestepEmbedderND.outdim)
 POSITIONS = 77
 VAE_CHANNELS = (96, 32, 32, 96)
@@ -69,12 +78,19 @@ def _tokenizer(pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=POSITIONS)
 
 
-def _text_config(width: int, activation: str, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def _text_config(width: int, activation: str, tokenizer: CLIPTokenizer, **other) -> CLIPTextConfig:
+    sizes = {"intermediate_size": 4 * width, "num_hidden_layers": 3, "num_attention_heads": width // 16, **other}
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=POOLED_WIDTH,
-        num_hidden_layers=3, num_attention_heads=width // 16, max_position_embeddings=POSITIONS, hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, projection_dim=POOLED_WIDTH, max_position_embeddings=POSITIONS,
+        hidden_act=activation, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **sizes,
     )  # fmt: skip
+
+
+def _sd1_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    # as wide as the original but shallow: 6 of its 123 million parameters
+    few = {"intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 12}
+    return _text_config(SD1_TEXT_WIDTH, "quick_gelu", tokenizer, **few)
 
 
 def _wake_text(encoder: nn.Module) -> nn.Module:
@@ -112,6 +128,22 @@ def _unet() -> UNet2DConditionModel:
     return unet
 
 
+def _sd1_unet() -> UNet2DConditionModel:
+    """SD 1.5's UNet at a tenth of its width: latents (b, 4, h, w), text (b, 77, 768).
+
+    `attention_head_dim` is the number of heads here too: eight at every width, as ldm's num_heads.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(32, 64, 128, 128), layers_per_block=2,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        attention_head_dim=8, cross_attention_dim=SD1_TEXT_WIDTH, norm_num_groups=32,
+    )  # fmt: skip
+    _wake_unet(unet)
+    _open_direct_path(unet)
+    return unet
+
+
 def _wake_unet(unet: UNet2DConditionModel) -> None:
     """No parameter at zero, and a cross-attention that tells words apart instead of averaging all 77."""
     for name, parameter in unet.named_parameters():
@@ -132,7 +164,10 @@ def _open_direct_path(unet: UNet2DConditionModel) -> None:
     ride = torch.kron(torch.eye(4), torch.tensor([[1.0], [1.0], [-1.0], [-1.0], [0.0], [0.0], [0.0], [0.0]]))  # (32, 4)
     reserved = ride.abs().sum(1) > 0
     last = unet.up_blocks[-1].resnets[-1]
-    for layer in (unet.conv_in, last.conv_shortcut, last.conv2):
+    layers = [unet.conv_in, last.conv_shortcut, last.conv2]
+    if hasattr(unet.up_blocks[-1], "attentions"):  # SD 1.5 has a transformer behind the last resnet
+        layers.append(unet.up_blocks[-1].attentions[-1].proj_out)
+    for layer in layers:
         layer.weight[reserved] *= 0.02
         layer.bias[reserved] *= 0.02
     unet.conv_in.weight[:, :, 1, 1] += ride
@@ -256,6 +291,7 @@ def _lay_decoder(vae: AutoencoderKL) -> None:
 
 
 def _scheduler() -> EulerDiscreteScheduler:
+    """The schedule of SDXL, and of SD 1.5."""
     return EulerDiscreteScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         prediction_type="epsilon", timestep_spacing="leading", steps_offset=1,
@@ -281,3 +317,25 @@ def build_miniature(seed: int = 0) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         **parts, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=_scheduler(), add_watermarker=False
     )
+
+
+def build_miniature_sd1(seed: int = 0) -> StableDiffusionPipeline:
+    """As `build_miniature`, but SD 1.5."""
+    tokenizer = _tokenizer("<|endoftext|>")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        parts = {
+            "unet": _sd1_unet(),
+            "text_encoder": _wake_text(CLIPTextModel(_sd1_text_config(tokenizer))),
+            "vae": _vae(),
+        }
+    for part in parts.values():
+        part.eval()
+    return StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, scheduler=_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+# by the name that the headless host knows them by
+MINIATURES = {"miniature": build_miniature, "miniature-sd1": build_miniature_sd1}

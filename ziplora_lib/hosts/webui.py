@@ -21,6 +21,7 @@ from modules import (
     processing,
     prompt_parser,
     rng,
+    sd_hijack,
     sd_models,
     sd_samplers_common,
     sd_unet,
@@ -42,13 +43,18 @@ SAMPLER, SCHEDULER = "DPM++ 2M", "Automatic"
 # how much of the progress bar each phase takes: (from, to)
 PHASES = {
     "preflight": (0.0, 0.01),
-    "calibrate": (0.01, 0.35),
+    "open": (0.01, 0.05),
+    "calibrate": (0.05, 0.35),
     "merge": (0.35, 0.9),
     "save": (0.9, 0.9),
     "preview": (0.9, 1),
 }
 
-_TE2_ATTENTION = re.compile(r"(1_model_transformer_resblocks_\d+_attn)_(q|k|v|out)_proj")
+BASES = ("sd1", "sd2", "sdxl")
+
+# an attention of open_clip's text encoder: SDXL's second one (1_), and SD 2.x's only one
+_FUSED_ATTENTION = re.compile(r"((?:1_)?model_transformer_resblocks_\d+_attn)_(q|k|v|out)_proj")
+SLOTS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
 _CHECKPOINTED = {"BasicTransformerBlock", "ResBlock"}
 
 
@@ -64,7 +70,7 @@ def lora_extension():
 
 
 class WebuiHost:
-    """The WebUI as host. Cond: what `get_learned_conditioning` gives, {"crossattn", "vector"}."""
+    """The WebUI as host. Cond: what `get_learned_conditioning` gives; SDXL: {"crossattn", "vector"}, else {"crossattn"}."""
 
     # --- LoRAs -------------------------------------------------------------------------------------
 
@@ -93,10 +99,10 @@ class WebuiHost:
     def unapplied(self, lora: Lora) -> list[str]:
         networks = lora_extension()
         known = networks.load_network(lora.name, networks.available_networks[lora.name]).modules
-        names = {key: network_name(key) for key in lora.deltas}
+        names = {key: network_name(key) for key in (*lora.layers, *lora.vectors)}
         attentions: dict[str, set[str]] = {}
         for name in names.values():
-            if match := _TE2_ATTENTION.fullmatch(name):
+            if match := _FUSED_ATTENTION.fullmatch(name):
                 attentions.setdefault(match[1], set()).add(match[2])
         # of a text encoder's attention the four projections together, or none
         partial = {f"{name}_{head}_proj" for name, found in attentions.items() if found != set(HEADS) for head in found}
@@ -128,16 +134,23 @@ class WebuiHost:
 
     def model(self) -> Model:
         model = shared.sd_model
+        plain = "Pick an SD 1.5, SD 2.x or SDXL checkpoint at the top left"
         if model is None or getattr(model, "model", None) is None:
-            raise BadInput("no checkpoint is loaded", remedy="Pick an SDXL checkpoint at the top left")
+            raise BadInput("no checkpoint is loaded", remedy=plain)
         name = model.sd_checkpoint_info.name_for_extra
-        other = "Pick an SDXL checkpoint at the top left"
-        if not getattr(model, "is_sdxl", False):
-            raise BadInput(f"the loaded checkpoint {name} is not SDXL", remedy=other)
-        if getattr(model, "is_sdxl_inpaint", False):
-            raise BadInput(f"the loaded checkpoint {name} is an inpainting model", remedy=other)
+        base = next((base for base in BASES if getattr(model, f"is_{base}", False)), None)
+        if base is None:
+            raise BadInput(f"the loaded checkpoint {name} is neither SD 1.5, SD 2.x nor SDXL", remedy=plain)
+        if getattr(model, "is_sdxl_inpaint", False) or model.model.conditioning_key != "crossattn":
+            raise BadInput(
+                f"the loaded checkpoint {name} is an inpainting model or another that needs more than a prompt",
+                remedy=plain,
+            )
+        if base == "sdxl" and sum(embedder.input_key == "txt" for embedder in model.conditioner.embedders) != 2:
+            raise BadInput(f"the loaded checkpoint {name} is a refiner", remedy=plain)
         if shared.cmd_opts.lowvram:
-            raise BadInput("the WebUI runs with --lowvram", remedy="Start it with --medvram-sdxl instead")
+            medvram = "--medvram-sdxl" if base == "sdxl" else "--medvram"
+            raise BadInput("the WebUI runs with --lowvram", remedy=f"Start it with {medvram} instead")
         if devices.fp8:
             raise BadInput("FP8 weights are on", remedy="Set Settings > Optimizations > FP8 weight to Disable")
         if sd_unet.current_unet is not None or sd_unet.get_unet_option() is not None:
@@ -146,7 +159,7 @@ class WebuiHost:
             raise BadInput("Hypertile is on", remedy="Switch off Settings > Hypertile > Enable Hypertile U-Net")
         dtype = next(model.model.parameters()).dtype
         prediction = "v" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
-        return Model(name, "sdxl", str(devices.device), str(dtype).removeprefix("torch."), prediction)
+        return Model(name, base, str(devices.device), str(dtype).removeprefix("torch."), prediction)
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         mapping = shared.sd_model.network_layer_mapping
@@ -154,15 +167,48 @@ class WebuiHost:
         heads: dict[str, dict[str, str]] = {}
         for key in keys:
             name = network_name(key)
-            if match := _TE2_ATTENTION.fullmatch(name):
+            if match := _FUSED_ATTENTION.fullmatch(name):
                 heads.setdefault(match[1], {})[match[2]] = key
-            elif isinstance(mapping.get(name), torch.nn.Linear | torch.nn.Conv2d):
+            elif isinstance(mapping.get(name), SLOTS):
                 slots[key] = Slot(mapping[name])
         for name, parts in heads.items():
             # the Lora extension applies these four together or not at all
             if set(parts) == set(HEADS) and isinstance(mapping.get(name), torch.nn.MultiheadAttention):
                 slots |= {parts[head]: Slot(mapping[name], head) for head in HEADS}
         return slots
+
+    @torch.no_grad()
+    def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:
+        networks = lora_extension()
+        applied = networks.load_network(lora.name, networks.available_networks[lora.name]).modules
+        for key, slot in self.slots(list(lora.dense)).items():
+            if (module := applied.get(network_name(key))) is None:
+                continue
+            weight = slot.weight.detach()
+            try:
+                delta = module.calc_updown(weight)[0].to(devices.device).float().expand(weight.shape)
+            except (RuntimeError, AttributeError):  # what the Lora extension cannot apply, it leaves out as well
+                continue
+            yield key, delta
+
+    @contextmanager
+    def embeddings(self, loras: Sequence[Lora]) -> Iterator[None]:
+        networks, known = lora_extension(), sd_hijack.model_hijack.embedding_db
+        registered = []
+        try:
+            for lora in loras:
+                if not lora.embeddings:
+                    continue
+                network = networks.load_network(lora.name, networks.available_networks[lora.name])
+                for name, embedding in network.bundle_embeddings.items():
+                    fits = known.expected_shape in (-1, embedding.shape)
+                    if fits and name not in known.word_embeddings:  # one in the embeddings folder comes first there too
+                        known.register_embedding(embedding, shared.sd_model)
+                        registered.append(name)
+            yield
+        finally:
+            for name in registered:
+                known.register_embedding_by_name(None, shared.sd_model, name)
 
     @contextmanager
     def session(self, recipe: Recipe) -> Iterator[None]:
@@ -178,12 +224,15 @@ class WebuiHost:
 
     # --- prompts, pictures, predictions ----------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode(self, prompt: str, resolution: int, negative: bool = False) -> dict[str, Tensor]:
+    def encode(
+        self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False
+    ) -> dict[str, Tensor]:
+        model = shared.sd_model
         (text,), _ = extra_networks.parse_prompts([prompt])
         texts = prompt_parser.SdConditioning([text], width=resolution, height=resolution, is_negative_prompt=negative)
-        with devices.autocast():
-            return shared.sd_model.get_learned_conditioning(texts)
+        with torch.set_grad_enabled(gradients), _trainable(model, gradients), devices.autocast():
+            cond = model.get_learned_conditioning(texts)
+        return cond if model.is_sdxl else {"crossattn": cond}
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
         p = processing.StableDiffusionProcessingTxt2Img(
@@ -244,13 +293,14 @@ class WebuiHost:
     def predict(self, x: Tensor, t: Tensor, conds: Sequence[dict[str, Tensor]]) -> Tensor:
         # prompts of different length: attention does not change when the whole sequence is repeated
         length = math.lcm(*(c["crossattn"].shape[1] for c in conds))
-        cond = {
-            "crossattn": torch.cat([c["crossattn"].repeat(1, length // c["crossattn"].shape[1], 1) for c in conds]),
-            "vector": torch.cat([c["vector"] for c in conds]),
-        }
-        # through the wrapper, where casts and the medvram hook sit
+        text = torch.cat([c["crossattn"].repeat(1, length // c["crossattn"].shape[1], 1) for c in conds])
+        if shared.sd_model.is_sdxl:
+            cond = {"crossattn": text, "vector": torch.cat([c["vector"] for c in conds])}
+        else:
+            cond = {"c_crossattn": [text]}
+        # as the samplers call it, through the wrapper where casts and the medvram hook sit
         with _unet_autocast():
-            return shared.sd_model.model(x.to(devices.device), t.float().to(devices.device), cond)
+            return shared.sd_model.apply_model(x.to(devices.device), t.float().to(devices.device), cond)
 
     # --- the WebUI's queue and progress bar ---------------------------------------------------------------
 
@@ -282,7 +332,22 @@ def network_name(key: str) -> str:
         return key.replace("lora_unet", "diffusion_model", 1)
     if key.startswith("lora_te1_text_model"):
         return key.replace("lora_te1_text_model", "0_transformer_text_model", 1)
-    return lora_extension().convert_diffusers_name_to_compvis(key, False)
+    return lora_extension().convert_diffusers_name_to_compvis(key, shared.sd_model.is_sd2)
+
+
+@contextmanager
+def _trainable(model, wanted: bool) -> Iterator[None]:
+    """SDXL's conditioner runs its encoders without gradients, unless they say that they are trainable."""
+    found = (
+        [(e, e.is_trainable) for e in getattr(model, "conditioner", None).embedders] if wanted and model.is_sdxl else []
+    )
+    try:
+        for encoder, _ in found:
+            encoder.is_trainable = True
+        yield
+    finally:
+        for encoder, flag in found:
+            encoder.is_trainable = flag
 
 
 def _unet_autocast():
@@ -291,9 +356,10 @@ def _unet_autocast():
 
 @contextmanager
 def _bare(model) -> Iterator[None]:
-    """No LoRA in the weights. They are baked in lazily, layer by layer, so each is asked to restore itself now.
+    """No LoRA in the weights, no hypernetwork in the attention.
 
-    The LoRAs that were loaded are named again at exit; the next generation bakes in what its own prompt asks for.
+    LoRAs are baked in lazily, layer by layer, so each layer is asked to restore itself now. Those that were loaded are
+    named again at exit; the next generation bakes in what its own prompt asks for.
     """
     networks = lora_extension()
     loaded = [
@@ -306,11 +372,14 @@ def _bare(model) -> Iterator[None]:
                 if getattr(module, "network_current_names", ()):
                     networks.network_apply_weights(module)
 
+    hypernetworks = list(shared.loaded_hypernetworks)
     networks.load_networks([])
     try:
+        shared.loaded_hypernetworks.clear()
         restore()
         yield
     finally:
+        shared.loaded_hypernetworks[:] = hypernetworks
         networks.load_networks([])
         restore()
         if loaded:
