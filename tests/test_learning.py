@@ -32,7 +32,10 @@ def test_the_learned_error_is_lower_than_at_the_start_and_than_the_plain_sums(ho
 
 
 def test_memory_savers_change_no_coefficient(host, recipe_of):
-    """Checkpointing recomputes and small batches sum in another order: equal up to fp32's rounding."""
+    """Checkpointing recomputes and small batches sum in another order: equal up to fp32's rounding.
+
+    Layer by layer, since Adam moves a column whose gradient is nothing but rounding as far as any other.
+    """
     base = {"steps": 3, "batch": 2, "dtype": "fp32"}
     run(recipe_of(**base), host)
     wanted = read(host.destination("merged")).deltas
@@ -41,7 +44,7 @@ def test_memory_savers_change_no_coefficient(host, recipe_of):
         given = read(host.destination("merged")).deltas
         assert given.keys() == wanted.keys()
         for key, delta in given.items():
-            torch.testing.assert_close(delta.dense(), wanted[key].dense(), rtol=2e-3, atol=1e-5)
+            assert float((delta.dense() - wanted[key].dense()).norm()) <= 3e-3 * wanted[key].norm(), (fields, key)
 
 
 def test_checkpointing_really_is_on_while_merging_and_only_then(host, recipe_of):
@@ -95,12 +98,18 @@ def test_what_was_not_learned_is_told(host, recipe_of, pair_files):
     assert f"{len((subject - style) & unet)} UNet layers are in subject alone" in text
     assert f"{len((style - subject) & unet)} UNet layers are in style alone" in text
     assert f"{len((subject | style) - unet)} text encoder layers are summed" in text
-    assert result.preflight["learned_layers"] == len(subject & style & unet) > 20
+    assert result.preflight["learned_layers"] == len(unet) > 200
+    assert result.preflight["shared_layers"] == len(subject & style & unet) > 20
     assert result.learned["coefficients"] == result.preflight["learned_coefficients"]
 
 
-def test_a_collapsed_run_is_told(host, recipe_of):
-    result = run(recipe_of(objective="paper-literal", lam=100.0, lr=0.1, steps=30), host)
+def test_a_collapsed_run_is_told(host, recipe_of, tmp_path, layers):
+    # of the same layers both: one that a LoRA has alone is in nobody's way, and would be left
+    shapes = {
+        f"lora_unet_{n.replace('.', '_')}": s for (part, n), s in layers.items() if part == "unet" and "attn" in n
+    }
+    a, b = (write_lora(tmp_path / f"{name}.safetensors", shapes, seed=i) for i, name in enumerate("ab"))
+    result = run(recipe_of(a, b, objective="paper-literal", lam=100.0, lr=0.1, steps=30), host)
     assert result.history[-1]["retained"] < 0.2
     assert any("collapsed" in warning for warning in result.warnings), (result.learned, result.history[-1])
 
@@ -115,7 +124,7 @@ def test_the_result_is_plain_data_and_says_where_and_how(host, recipe_of):
     assert told["result"]["tag"] == "<lora:merged:1>"
     assert told["result"]["file"] == str(host.destination("merged"))
     assert told["result"]["losses"]["step"] == 4
-    assert told["result"]["seconds"].keys() == {"preflight", "calibrate", "merge", "save", "preview"}
+    assert told["result"]["seconds"].keys() == {"preflight", "open", "calibrate", "merge", "save", "preview"}
     assert [b for b, _ in job.result.pictures] == [-1.0, 0.0, 1.0]
     assert sorted(f.name for f in host.folder.iterdir()) == ["merged.json", "merged.png", "merged.safetensors"]
     preview = np.asarray(Image.open(host.folder / "merged.png"))
@@ -231,11 +240,25 @@ def test_a_parent_is_never_overwritten(host, recipe_of, pair_files, tmp_path):
     refused(host, recipe_of(), "already there")
 
 
-def test_a_pair_without_a_common_layer_is_summed_and_told(host, recipe_of, tmp_path, layers):
+def test_a_pair_without_a_common_layer_is_learned_and_told(host, recipe_of, tmp_path, layers):
     names = ["lora_unet_" + name.replace(".", "_") for part, name in layers if part == "unet" and "attn1.to_q" in name]
     shapes = {f"lora_unet_{n.replace('.', '_')}": shape for (part, n), shape in layers.items() if part == "unet"}
     a = write_lora(tmp_path / "a.safetensors", {names[0]: shapes[names[0]]}, seed=1)
     b = write_lora(tmp_path / "b.safetensors", {names[1]: shapes[names[1]]}, seed=2)
     result = run(recipe_of(subject=a, style=b), host)
-    assert any("plain sum" in warning for warning in result.warnings)
+    assert any("share no UNet layer" in warning for warning in result.warnings)
+    assert result.learned["method"] == "ziplora"
+    assert result.learned["coefficients"] == sum(shapes[name][1] for name in names[:2])
+    assert result.history[-1]["penalty"] == 0
+
+
+def test_a_pair_of_text_encoder_layers_alone_is_summed(host, recipe_of, tmp_path):
+    """Nothing that is learned by default: the plain sum, in words."""
+    shapes = {f"lora_te1_text_model_encoder_layers_0_self_attn_{n}_proj": (32, 32) for n in ("q", "v", "out")}
+    a, b = (write_lora(tmp_path / f"{name}.safetensors", shapes, rank=2, seed=i) for i, name in enumerate("ab"))
+    result = run(recipe_of(subject=a, style=b, dtype="fp32"), host)
     assert result.learned == {"method": "direct"}
+    assert any("3 text encoder layers are summed, not learned" in warning for warning in result.warnings)
+    for key, delta in read(host.destination("merged")).deltas.items():
+        wanted = read(a).deltas[key].dense() + read(b).deltas[key].dense()
+        torch.testing.assert_close(delta.dense(), wanted, rtol=1e-5, atol=1e-6)

@@ -15,10 +15,10 @@ def by_key(path):
     return {layer_key(name): delta for name, delta in dense_deltas(path).items()}
 
 
-def fitted(merged, subject, style):
-    """Least squares for (m_c, m_s) of every column, by itself: ((2, columns), residual norms)."""
-    merged, subject, style = (d.flatten(1).T for d in (merged, subject, style))  # (columns, out)
-    basis = torch.stack([subject, style], dim=2)
+def fitted(merged, parents):
+    """Least squares for the coefficients of every column, by itself: ((P, columns), residual norms)."""
+    merged = merged.flatten(1).T  # (columns, out)
+    basis = torch.stack([parent.reshape(parent.shape[0], -1).T for parent in parents], dim=2)
     m = torch.linalg.lstsq(basis, merged[:, :, None]).solution
     return m[:, :, 0].T, (merged - (basis @ m)[:, :, 0]).norm(dim=1)
 
@@ -30,8 +30,8 @@ def test_every_column_is_a_combination_of_the_parents_columns(host, pair_files, 
     subject, style, merged = by_key(pair_files[0]), by_key(pair_files[1]), by_key(path)
     assert merged.keys() == subject.keys() | style.keys()
     unit, least = UNIT[dtype]
-    everything, shared, saved = [], subject.keys() & style.keys(), read(path).deltas
-    assert len(shared) > 20
+    everything, saved = ([], []), read(path).deltas
+    assert len(subject.keys() & style.keys()) > 20
     for key, delta in merged.items():
         # each factor was rounded once: no column is off by more than 2 u |up| |down|, summed over the ranks
         # (with alpha / rank, which readers multiply by)
@@ -40,15 +40,18 @@ def test_every_column_is_a_combination_of_the_parents_columns(host, pair_files, 
             (2.02 * unit + 40 * 2.0**-24) * (up @ down)
             + 2 * least * (up.sum(1)[:, None] + saved[key].scale * down.sum(0))
         ).norm(dim=0)
-        if key in shared:
-            m, residual = fitted(delta, subject[key].reshape(delta.shape), style[key].reshape(delta.shape))
-            everything.append(m)
-        else:  # one parent's alone: as it was
-            residual = (delta - (subject if key in subject else style)[key].reshape(delta.shape)).flatten(1).norm(dim=0)
+        had = [i for i, parent in enumerate((subject, style)) if key in parent]
+        if key.startswith("lora_unet_"):
+            m, residual = fitted(delta, [(subject, style)[i][key] for i in had])
+            for i, row in zip(had, m):
+                everything[i].append(row)
+        else:  # a text encoder's: as it was
+            residual = (delta - sum((subject, style)[i][key].reshape(delta.shape) for i in had)).flatten(1).norm(dim=0)
         assert (residual <= bound).all(), key
-    m = torch.cat(everything, dim=1)
-    assert m.mean(1).tolist() == pytest.approx(result.learned["mean"], abs=0.01)
-    assert float(m.std(1).min()) > 0.01, "they were learned"
+    own = [torch.cat(rows) for rows in everything]
+    assert [float(m.mean()) for m in own] == pytest.approx(result.learned["mean"], abs=0.01)
+    assert min(float(m.std()) for m in own) > 0.01, "they were learned"
+    assert sum(m.numel() for m in own) == result.learned["coefficients"]
 
 
 def test_strength_scales_the_coefficients_and_the_layers_that_keep_it(host, pair_files, recipe_of):
@@ -73,4 +76,4 @@ def test_layers_that_the_model_lacks_are_kept_and_told(host, pair_files, recipe_
     for name, delta in dense_deltas(odd).items():
         if name in stranger:
             torch.testing.assert_close(merged[name], delta, rtol=1e-5, atol=1e-7)
-    assert any("odd: 2 of" in warning and "not in this model" in warning for warning in result.warnings)
+    assert any("odd: 2 layers (" in warning and "not in this model" in warning for warning in result.warnings)

@@ -128,7 +128,9 @@ def test_a_lora_of_another_fine_tune_is_told(trained_on, model, warned):
         assert model in said[0]
 
 
-@pytest.mark.parametrize(("own", "model", "warned"), [("v", "epsilon", True), ("epsilon", "v", True), ("v", "v", False)])
+@pytest.mark.parametrize(
+    ("own", "model", "warned"), [("v", "epsilon", True), ("epsilon", "v", True), ("v", "v", False)]
+)
 def test_a_lora_for_another_prediction_is_told(own, model, warned):
     dog = lora(metadata={"modelspec.prediction_type": own})
     assert len(trained_elsewhere(dog, "base", model)) == warned

@@ -1,5 +1,8 @@
 """Two LoRAs side by side: every layer of either is in the merge, and what does not belong is refused with file and key."""
 
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +10,10 @@ import torch
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.delta import LowRankDelta
+from ziplora_lib.lora.kinds import DenseLayer
 from ziplora_lib.lora.reader import Lora
-from ziplora_lib.merge.pairing import pair, refuse_unfit, report, unmatched
+from ziplora_lib.lora.vectors import Vectors
+from ziplora_lib.merge.pairing import equalising, pair, refuse_unfit, report, unmatched
 
 Q, K, V, MISSING = (f"lora_unet_input_blocks_4_1_{name}" for name in ("to_q", "to_k", "to_v", "not_there"))
 TEXT = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
@@ -38,9 +43,8 @@ def test_the_union_of_the_layers_is_in_the_merge():
     subject, style = lora("dog", SUBJECT), lora("ink", STYLE)
     pairing = pair([subject, style], [0.8, 1.5], SHAPES)
     assert pairing.stacks.keys() == {Q, K, V, TEXT, MISSING}
-    assert pairing.learned == [Q]
-    assert [set(keys) for keys in pairing.alone] == [{K, MISSING}, {V}]
-    assert pairing.text == [TEXT]
+    assert pairing.learned == sorted([Q, K, V]), "every UNet layer that the model has, also those of one alone"
+    assert pairing.vectors == {}
     assert pairing.stacks[Q].ranks == (2, 4)
     assert pairing.stacks[V].ranks == (0, 1)
     assert pairing.stacks[V].shape == (6, 8, 1, 1), "as the model has it, whatever the file says"
@@ -79,29 +83,67 @@ def test_a_lora_for_another_base_is_refused_even_if_it_would_fit(base, word, wan
     assert wanted_word in caught.value.remedy
 
 
-@pytest.mark.parametrize("ranks", [{MISSING: 2}, {TEXT: 2}, {MISSING: 1, TEXT: 1}])
-def test_a_lora_without_one_unet_layer_of_the_model_is_refused(ranks):
-    with pytest.raises(BadInput, match="none of its") as caught:
-        refuse_unfit(lora("flux", ranks, base="unknown"), SHAPES, "the model", "sdxl")
-    assert caught.value.key in ranks
+def test_a_lora_without_one_layer_of_the_model_is_refused():
+    with pytest.raises(BadInput, match="none of its 1 layers") as caught:
+        refuse_unfit(lora("flux", {MISSING: 2}, base="unknown"), SHAPES, "the model", "sdxl")
+    assert caught.value.key == MISSING
 
 
 def test_a_lora_that_fits_is_not_refused():
     refuse_unfit(lora("dog", SUBJECT), SHAPES, "the model", "sdxl")
     refuse_unfit(lora("dog", SUBJECT, base="sd1"), SHAPES, "the model", "sd1")
     refuse_unfit(lora("dog", {Q: 1}, base="unknown"), SHAPES, "the model", "sdxl")
+    refuse_unfit(lora("dog", {TEXT: 1}), SHAPES, "the model", "sdxl")
     assert unmatched(lora("dog", SUBJECT), SHAPES) == [MISSING]
 
 
-def reported(subject, style, strengths=(1.0, 1.0)):
-    pairing = pair([subject, style], strengths, SHAPES)
-    return report([subject, style], pairing, SHAPES)
+def test_text_encoder_layers_are_learned_where_that_is_asked_for():
+    loras = [lora("dog", SUBJECT), lora("ink", STYLE)]
+    assert pair(loras, [1, 1], SHAPES, learn_text=True).learned == sorted([Q, K, V, TEXT])
+    assert report(loras, [1, 1], SHAPES, learn_text=True)["learned_layers"] == 4
+
+
+def test_a_lora_of_the_models_own_base_is_not_refused():
+    old = lora("dog", {Q: 1}, base="sd1")
+    refuse_unfit(old, SHAPES, "the model", "sd1")
+    with pytest.raises(BadInput, match="SDXL"):
+        refuse_unfit(lora("dog", {Q: 1}), SHAPES, "the model", "sd1")
+
+
+NORM = "lora_unet_input_blocks_4_1_norm"
+WITH_NORM = {**SHAPES, NORM: (6,)}
+
+
+def with_vectors(subject, **vectors):
+    return replace(subject, vectors={key: Vectors(bias=torch.ones(1, n)) for key, n in vectors.items()})
+
+
+def test_norms_and_biases_are_summed_at_their_strengths():
+    subject, style = with_vectors(lora("dog", {Q: 2}), **{NORM: 6, Q: 6}), with_vectors(lora("ink", STYLE), **{NORM: 6})
+    pairing = pair([subject, style], [0.8, 1.5], WITH_NORM)
+    assert pairing.learned == [Q, V]
+    close(pairing.vectors[NORM].bias, torch.tensor([[0.8] * 6, [1.5] * 6]))
+    close(pairing.vectors[Q].bias, torch.tensor([[0.8] * 6, [0.0] * 6]))
+    told = report([subject, style], [0.8, 1.5], WITH_NORM)
+    assert told["vectors"] == 2
+    assert "2 norms and biases are summed" in " ".join(told["warnings"])
+
+
+def test_a_norm_of_another_width_is_refused_with_file_and_key():
+    with pytest.raises(BadInput, match=r"7 outputs.*6") as caught:
+        refuse_unfit(with_vectors(lora("dog", {Q: 2}), **{NORM: 7}), WITH_NORM, "the model", "sdxl")
+    assert (caught.value.file, caught.value.key) == ("dog.safetensors", NORM)
+
+
+def reported(*loras, strengths=None, **options):
+    return report(loras, strengths or [1.0] * len(loras), SHAPES, **options)
 
 
 def test_the_report_counts_everything():
     told = reported(lora("dog", SUBJECT), lora("ink", STYLE))
-    assert (told["learned_layers"], told["learned_coefficients"]) == (1, 2 * 8)
-    assert (told["alone_layers"], told["text_layers"]) == ([2, 1], 1)
+    # Q of both, K of one, V of the other
+    assert (told["learned_layers"], told["learned_coefficients"]) == (3, 2 * 8 + 8 + 8)
+    assert (told["shared_layers"], told["text_layers"], told["vectors"]) == (1, 1, 0)
     dog, ink = told["parents"]
     assert (dog["name"], dog["file"], dog["base"]) == ("dog", "dog.safetensors", "SDXL")
     assert (dog["layers"], dog["matched"], dog["ranks"]) == (4, 3, [1, 2, 3])
@@ -109,21 +151,64 @@ def test_the_report_counts_everything():
     assert told["values"] == sum(rank * (6 + 8) for ranks in (SUBJECT, STYLE) for rank in ranks.values())
 
 
+def test_the_report_counts_what_the_model_has_yet_to_work_out():
+    dora = replace(lora("dog", {Q: 2}), dense={K: DenseLayer("DoRA of LoRA", {}), MISSING: DenseLayer("full", {})})
+    told = reported(dora, lora("ink", STYLE), dense_rank=4)
+    assert (told["learned_layers"], told["learned_coefficients"]) == (3, 2 * 8 + 8 + 8)
+    assert told["parents"][0]["norm"] is None
+    assert told["values"] == (2 + 4 + 4 + 1) * (6 + 8), "of the missing one nothing can be known"
+    assert reported(dora, lora("ink", STYLE))["values"] == (2 + 6 + 4 + 1) * (6 + 8), "whole: the layer's full rank"
+    warnings = " | ".join(told["warnings"])
+    assert "dog: 2 layers (DoRA of LoRA, full) have no factors of their own" in warnings
+    assert "rank 4 or less" in warnings
+    assert "1 of them cannot be kept" in warnings
+    assert "times as strong" not in warnings, "not known yet"
+
+
 def test_the_report_warns_of_all_that_is_not_learned():
     warnings = " | ".join(reported(lora("dog", SUBJECT), lora("ink", STYLE, base="unknown"))["warnings"])
-    assert "dog: 1 of 4 layers are not in this model" in warnings
+    assert "dog: 1 layers" in warnings
+    assert "are not in this model; the rest is kept in the file but not learned" in warnings
     assert MISSING in warnings
     assert "2 UNet layers are in dog alone" in warnings
     assert "1 UNet layers are in ink alone" in warnings
     assert "1 text encoder layers are summed" in warnings
     assert "ink does not say which base model" in warnings
-    assert "nothing to learn" not in warnings
+    assert "share no UNet layer" not in warnings
+    assert "text encoder" not in " ".join(
+        reported(lora("dog", SUBJECT), lora("ink", STYLE), learn_text=True)["warnings"]
+    )
 
 
-def test_a_pair_without_a_common_layer_is_the_plain_sum_and_says_so():
-    assert "nothing to learn" in " ".join(reported(lora("dog", {K: 2}), lora("ink", {V: 2}))["warnings"])
+def test_a_pair_without_a_common_layer_is_told():
+    told = reported(lora("dog", {K: 2}), lora("ink", {V: 2}))
+    assert "share no UNet layer" in " ".join(told["warnings"])
+    assert told["learned_layers"] == 2
 
 
 def test_lopsided_strengths_are_pointed_out():
-    assert "times as strong" in " ".join(reported(lora("dog", {Q: 2}, size=20), lora("ink", {Q: 2}))["warnings"])
+    pairs = [lora("dog", {Q: 2}, size=20), lora("ink", {Q: 2})]
+    said = " ".join(reported(*pairs)["warnings"])
+    assert "dog is" in said
+    assert "times as strong as ink" in said
+    even = [float(number) for number in re.findall(r"(?:dog|ink) ([\d.]+)(?=[,;])", said)]
+    assert len(even) == 2
+    norms = [one.norm() * w for one, w in zip(pairs, even)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.1), "the strengths that it says make them even"
+    assert "times as strong" not in " ".join(reported(*pairs, strengths=even)["warnings"])
     assert reported(lora("dog", {Q: 2}), lora("ink", {Q: 2}))["warnings"] == []
+
+
+def test_a_lora_that_is_zero_is_pointed_out():
+    assert "dog changes nothing" in " ".join(reported(lora("dog", {Q: 2}, size=0), lora("ink", {Q: 2}))["warnings"])
+
+
+@pytest.mark.parametrize("norms", [[1.0, 4.0], [0.5, 2.0, 8.0], [3.0]])
+def test_equalising_brings_all_to_their_geometric_mean(norms):
+    brought = [norm * factor for norm, factor in zip(norms, equalising(norms))]
+    assert brought == pytest.approx([math.prod(norms) ** (1 / len(norms))] * len(norms))
+
+
+def test_equalising_leaves_zeros_alone():
+    assert equalising([0.0, 2.0, 8.0]) == pytest.approx([1.0, 2.0, 0.5])
+    assert equalising([0.0, 0.0]) == [1.0, 1.0]

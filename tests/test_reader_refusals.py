@@ -230,40 +230,68 @@ def test_every_kind_that_is_not_read_is_named(tmp_path, mark):
 
 
 @pytest.mark.parametrize(
-    ("algo", "options", "word"),
-    [
-        ("loha", {}, "LoHa"),
-        ("lokr", {"factor": 4}, "LoKr"),
-        ("diag-oft", {}, "OFT"),
-        ("ia3", {}, "IA3"),
-        ("full", {}, "full difference"),
-        ("glora", {}, "GLoRA"),
-        ("locon", {"use_tucker": True}, "Tucker"),
-        ("loha", {"use_tucker": True}, "LoHa"),
-        ("locon", {"weight_decompose": True}, "DoRA"),
-        ("locon", {"train_norm": True}, "norm"),
-    ],
+    ("config", "word"),
+    [("OFTConfig", "PEFT's OFT"), ("IA3Config", "PEFT's (IA)³"), ("VeraConfig", "VeRA"), ("BOFTConfig", "PEFT's BOFT")],
 )
-def test_files_of_lycoris_that_are_not_lora(host, tmp_path, lycoris_network, algo, options, word):
-    modules = pytest.importorskip("lycoris.kohya").network_module_dict
-    assert algo in modules
-    network = lycoris_network(host.pipe, algo, lora_dim=2, conv_lora_dim=2, alpha=1, conv_alpha=1, **options)
-    network.save_weights(str(tmp_path / f"{algo}.safetensors"), torch.float32, {})
-    error = refusal(tmp_path / f"{algo}.safetensors", key="lora_", word=word)
+def test_kinds_of_peft_that_are_not_read(host, tmp_path, config, word):
+    peft = pytest.importorskip("peft")
+    options = {
+        "IA3Config": {"feedforward_modules": []},
+        "OFTConfig": {"r": 8, "oft_block_size": 0},
+        "VeraConfig": {"r": 8},
+    }.get(config, {})
+    host.pipe.unet.requires_grad_(False)
+    targets = r"down_blocks\.1\..*to_q"
+    model = peft.get_peft_model(host.pipe.unet, getattr(peft, config)(target_modules=targets, **options))
+    model.save_pretrained(tmp_path)
+    error = refusal(tmp_path / "adapter_model.safetensors", key="base_model.", word=word)
     assert "not supported" in str(error)
 
 
-def test_dora_of_peft(host, tmp_path):
-    peft = pytest.importorskip("peft")
-    host.pipe.unet.add_adapter(peft.LoraConfig(r=2, use_dora=True, target_modules=["to_q"]))
-    state = pytest.importorskip("peft.utils").get_peft_model_state_dict(host.pipe.unet)
-    save_file({f"unet.{k}": v.contiguous() for k, v in state.items()}, tmp_path / "dora.safetensors")
-    refusal(tmp_path / "dora.safetensors", key="unet.", word="DoRA")
+def test_t_lora_of_lycoris(tmp_path):
+    module = pytest.importorskip("lycoris.modules.tlora").TLoraModule("layer", torch.nn.Linear(8, 6), lora_dim=2)
+    tensors = {f"{LAYER}.{name}": tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, tmp_path / "tlora.safetensors")
+    refusal(tmp_path / "tlora.safetensors", key=LAYER, word="T-LoRA")
 
 
-def test_biases_of_peft(host, tmp_path):
-    peft = pytest.importorskip("peft")
-    host.pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_bias=True, target_modules=["to_q"]))
-    state = pytest.importorskip("peft.utils").get_peft_model_state_dict(host.pipe.unet)
-    save_file({f"unet.{k}": v.contiguous() for k, v in state.items()}, tmp_path / "bias.safetensors")
-    refusal(tmp_path / "bias.safetensors", key="unet.", word="bias")
+@pytest.mark.parametrize(
+    ("parts", "lacking"),
+    [
+        ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2)}, "hada_w2_b"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2)}, "lokr_w2_b"),
+        ({"lokr_w2": (3, 4)}, "lokr_w1_a"),
+        ({"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (6, 2)}, "b2"),
+        ({"oft_blocks": (2, 3, 3), "lora_up.weight": (6, 4)}, "down"),
+        ({"dora_scale": (6, 1), "lora_up.weight": (6, 4)}, "down"),
+        ({"rescale": (6, 1)}, "oft_diag"),
+    ],
+)
+def test_half_a_layer_of_other_kinds(tmp_path, parts, lacking):
+    save_file({f"{LAYER}.{part}": torch.ones(shape) for part, shape in parts.items()}, tmp_path / "bad.safetensors")
+    refusal(tmp_path / "bad.safetensors", key=LAYER, word=f"no {lacking} part")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"hada_w1_a": (6, 2), "hada_w1_b": (3, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)},
+        {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (5, 2), "hada_w2_b": (2, 8)},
+        {"hada_w1_a": (6,), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (1, 4)},
+        {"lokr_w1": (4,), "lokr_w2": (3, 2)},
+        {"lora_up.weight": (6, 2), "lora_down.weight": (2, 8, 1, 1), "lora_mid.weight": (3, 5, 3, 3)},
+    ],
+)
+def test_parts_that_do_not_fit_each_other(tmp_path, parts):
+    save_file({f"{LAYER}.{part}": torch.ones(shape) for part, shape in parts.items()}, tmp_path / "bad.safetensors")
+    refusal(tmp_path / "bad.safetensors", key=LAYER, word="fit each other")
+
+
+def test_a_part_that_no_kind_has(tmp_path):
+    refusal(save(tmp_path, lambda t: t.update({f"{LAYER}.lora_right.weight": torch.ones(4, 4)})), key="lora_right")
+
+
+def test_a_dora_scale_alone(tmp_path):
+    save_file({f"{LAYER}.dora_scale": torch.ones(6, 1)}, tmp_path / "bad.safetensors")
+    refusal(tmp_path / "bad.safetensors", key=LAYER)

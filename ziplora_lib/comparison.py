@@ -33,7 +33,7 @@ def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -
         return [host.decode(host.sample(recipe.picture_prompt, seed, *settings)) for seed in seeds]
 
     rows = []
-    with host.embeddings(parents.loras), host.session(recipe):
+    with host.session(recipe), host.embeddings(parents.loras):
         pairing, _ = prepare(recipe, parents, host, lambda _: None)
         with attach(parents.slots, pairing.stacks, pairing.vectors) as router:
             each_alone = [partial(router.alone, i) for i in range(len(recipe.parents))]

@@ -15,7 +15,7 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.lora import bake
 from ziplora_lib.lora.keys import is_unet
 from ziplora_lib.lora.metadata import trigger_words
-from ziplora_lib.lora.reader import BASES, Lora
+from ziplora_lib.lora.reader import BASES, VERSIONS, Lora
 from ziplora_lib.merge import analysis
 from ziplora_lib.merge.analysis import Overlap, Sparsity, block_of, block_order
 from ziplora_lib.merge.pairing import equalising
@@ -39,7 +39,6 @@ _TRAINING = {
     "clip skip": ("ss_clip_skip",),
 }
 # base model -> how its name in ss_base_model_version begins; and the widths of what cross-attention reads
-_VERSIONS = {"sdxl": "sdxl", "sd1": "sd_v1", "sd2": "sd_v2"}
 _CONTEXT_WIDTHS = {768, 1024, 2048}
 # layers of open_clip's encoder, SDXL's second and SD 2.x's only one: the WebUI knows attention and mlp alone
 _OPEN_CLIP = {"sdxl": "lora_te2_", "sd2": "lora_te_"}
@@ -104,7 +103,7 @@ def problems(lora: Lora) -> list[str]:
     if lora.base == "unknown":
         said.append("neither its layers nor its metadata say which base model it is for")
     told = lora.metadata.get("ss_base_model_version", "")
-    if told and (start := _VERSIONS.get(lora.base)) and not told.startswith(start):
+    if told and (start := VERSIONS.get(lora.base)) and not told.startswith(start):
         said.append(f"its layers are those of {BASES[lora.base]}, but its metadata says '{told}'")
     if _predicts_v(lora):
         said.append("was trained for a model that predicts v: it does not suit an ordinary one")
@@ -145,7 +144,7 @@ def _base_from(lora: Lora) -> str:
     if any(block_of(key)[0] in ("te", "te2") for key in lora.layers):
         return "its text encoders"
     told = lora.metadata.get("ss_base_model_version", "")
-    return "ss_base_model_version" if told.startswith(_VERSIONS[lora.base]) else "its layers"
+    return "ss_base_model_version" if told.startswith(VERSIONS[lora.base]) else "its layers"
 
 
 def _scale_from(lora: Lora) -> str:

@@ -106,6 +106,11 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
     for lora in loras:
         refuse_unfit(lora, shapes, model.name, model.base)
     learn_text = recipe.text_encoders == "learn"
+    if learn_text and model.moves:
+        raise BadInput(
+            "the text encoders cannot be learned while the model's parts are moved to and fro (--medvram)",
+            remedy="Set text_encoders to sum, or start the WebUI without --medvram",
+        )
     details = report(loras, recipe.strengths, shapes, learn_text, recipe.whole_or_rank)
     _, clashing = embedding_tensors(loras)
     details["warnings"] += [f"two LoRAs bring an embedding {name!r}; the first one's is kept" for name in clashing]
@@ -118,11 +123,7 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
             "no place in it"
         )
     for lora in loras:
-        if left_out := [k for k in host.unapplied(lora) if k in shapes and k not in lora.dense]:
-            details["warnings"].append(
-                f"{lora.name}: {len(left_out)} layers are left out when it is prompted with by itself, but the merge has "
-                f"them: {', '.join(left_out[:3])}" + (" …" if len(left_out) > 3 else "")
-            )
+        details["warnings"] += _left_out(lora, [key for key in host.unapplied(lora) if key in shapes])
     for i, (parent, lora) in enumerate(zip(details["parents"], loras)):
         parent["role"], parent["title"] = recipe.parents[i].role, recipe.titles[i]
         parent["trigger"], parent["trigger_from"] = trigger_words(lora)
@@ -135,6 +136,29 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
     details["model"] = asdict(model)
     details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
     return Preflight(loras, slots, destination, details)
+
+
+def _left_out(lora: Lora, unapplied: list[str]) -> list[str]:
+    """What is to be said of layers that the host does not apply. Raises BadInput if that is all that the LoRA has."""
+    said = []
+    kept = [key for key in unapplied if key not in lora.dense]
+    if kept:
+        first = ", ".join(kept[:3]) + (" …" if len(kept) > 3 else "")
+        said.append(
+            f"{lora.name}: {len(kept)} layers or biases are left out when it is prompted with by itself, but the merge has "
+            f"them: {first}"
+        )
+    if lost := [key for key in unapplied if key in lora.dense]:
+        kinds = ", ".join(dict.fromkeys(lora.dense[key].kind for key in lost))
+        if len(lost) == len(lora.layers) and not lora.vectors:
+            raise BadInput(
+                f"none of its layers ({kinds}) can be applied to the model here, in a prompt no more than in a merge",
+                file=lora.path.name,
+                key=lost[0],
+                remedy="Pick another LoRA, or one that another tool has converted",
+            )
+        said.append(f"{lora.name}: {len(lost)} layers ({kinds}) cannot be applied here, and are left out of the merge")
+    return said
 
 
 def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) -> tuple[Pairing, list[str]]:
@@ -171,7 +195,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
     ready = preflight(recipe, host)
     phase_done("preflight")
     warnings = list(ready.report["warnings"])
-    with host.embeddings(ready.loras), host.session(recipe):
+    # the session first: it takes out what the last generation's LoRAs had brought
+    with host.session(recipe), host.embeddings(ready.loras):
         pairing, said = prepare(recipe, ready, host, callback)
         warnings += said
         phase_done("open")
@@ -186,7 +211,9 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         callback({"phase": "save", "step": 0, "steps": 1})
         stacks, loss = limit(merged.stacks, recipe.max_rank, recipe.kept_share)
         if loss is not None:
-            warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}")
+            warnings.append(
+                f"cutting the rank of {loss.layers} layers lost {loss}; the errors above are those from before the cut"
+            )
         saved = _save(recipe, ready, merged, stacks, pairing.vectors)
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)

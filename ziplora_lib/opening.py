@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ziplora_lib.errors import Stopped
+from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora.delta import DenseDelta
 from ziplora_lib.lora.limit import Loss
@@ -38,7 +38,7 @@ class Opened:
 def opened(loras: Sequence[Lora], host: Host, rank: int | None, callback: Callback) -> list[Opened]:
     """Brings every layer of every LoRA to factors of at most `rank`; None keeps them whole. Needs the host's session.
 
-    Raises Stopped when the callback asks to stop.
+    Raises Stopped when the callback asks to stop, and BadInput for a LoRA of which nothing can be applied.
     """
     steps, done = sum(len(lora.dense) for lora in loras), 0
     result = []
@@ -54,6 +54,13 @@ def opened(loras: Sequence[Lora], host: Host, rank: int | None, callback: Callba
             if callback({"phase": "open", "step": done, "steps": steps, "what": f"opening {lora.name}"}):
                 raise Stopped
         left_out = [key for key in lora.dense if key not in deltas]
+        if not deltas and not lora.vectors:
+            raise BadInput(
+                f"none of its {len(left_out)} layers ({next(iter(lora.dense.values())).kind}) can be applied to this model",
+                file=lora.path.name,
+                key=left_out[0],
+                remedy="Whoever runs the model must be able to use this LoRA by itself: try it in a prompt first",
+            )
         loss = Loss.of(lost, energies) if lost else None
         result.append(Opened(replace(lora, deltas=dict(sorted(deltas.items())), dense={}), loss, left_out))
     return result

@@ -169,3 +169,88 @@ def test_three_kinds_in_one_file(webui, three, lycoris_network, text_encoders):
     else:  # from one half, each column goes its own way
         assert 0.4 < min(shares) < max(shares) < 0.7
         assert max(shares) - min(shares) > 1e-3
+
+
+def test_a_bundled_embedding_is_known_while_the_pictures_are_made(webui, zero, lycoris_network):
+    """Also when the last generation had that LoRA in its prompt, and with it the embedding."""
+    path = webui.lora_dir / "kind-embedding.safetensors"
+    write_kind(path, lycoris_network, "embedding")
+    webui.post("/sdapi/v1/refresh-loras")
+    prompt = f"{PROMPT} {EMBEDDING}"
+    without = webui.txt2img(prompt, seed=0, **PICTURE)
+    alone = webui.txt2img(f"{prompt} <lora:kind-embedding:1>", seed=0, **PICTURE)
+    body = {
+        "parents": [{"lora": path.stem, "role": "subject", "prompt": prompt}, {"lora": zero, "role": "style"}],
+        **dict(
+            output="with-embedding", method="direct", dtype="fp32", overwrite=True, resolution=256, balance_points=1
+        ),
+        **dict(sampler_steps=PICTURE["steps"], guidance=PICTURE["cfg_scale"]),
+    }
+    state = merge(webui, body)
+    assert state["state"] == "done", state.get("error")
+    preview = np.asarray(Image.open(webui.lora_dir / "with-embedding.png").convert("RGB")).astype(int)
+    assert np.abs(preview - alone).max() <= 2
+    assert np.array_equal(webui.txt2img(prompt, seed=0, **PICTURE), without)
+
+
+HALF = """
+import sys, torch
+from ziplora_lib.hosts import webui as host
+from ziplora_lib.merge.attach import Slot
+networks = sys.modules["networks"]
+lora = host.WebuiHost().open(data["name"])
+known = host.WebuiHost()._network(lora).modules
+result = {}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    deltas = []
+    for key, slot in host.WebuiHost().slots(list(lora.dense)).items():
+        if slot.head is None and slot.module.weight.ndim == 2:
+            layer = torch.nn.Linear(*reversed(slot.module.weight.shape), bias=False)
+            layer.weight = torch.nn.Parameter(slot.module.weight.detach().to(dtype))
+            deltas.append(host._updown(known[host.network_name(key)], Slot(layer)))
+        if len(deltas) == 3:
+            break
+    result[str(dtype)] = [None if d is None else d.norm().item() for d in deltas]
+"""
+
+
+@pytest.mark.parametrize("name", ["oft", "boft", "dora", "glora", "ia3"])
+def test_weights_in_half_precision_are_worked_out_too(webui, lycoris_network, name):
+    path = webui.lora_dir / f"kind-{name}.safetensors"
+    if not path.exists():
+        write_kind(path, lycoris_network, name)
+        webui.post("/sdapi/v1/refresh-loras")
+    norms = webui.run(HALF, name=path.stem)
+    full = norms.pop("torch.float32")
+    assert len(full) == 3
+    for dtype, half in norms.items():
+        assert half == pytest.approx(full, rel=0.05), dtype
+
+
+def test_what_the_webui_cannot_load_is_refused_with_its_reason(webui, zero):
+    layer = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{layer}.lora_up.weight": torch.ones(128, 2), f"{layer}.lora_down.weight": torch.ones(2, 128)}
+    tensors["lora_unet_middle_block_1_norm.w_norm"] = torch.ones(128)  # without b_norm
+    save_file(tensors, webui.lora_dir / "odd.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    webui.post("/sdapi/v1/refresh-loras")
+    parents = [{"lora": "odd", "role": "subject", "prompt": "a"}, {"lora": zero, "role": "style", "prompt": "b"}]
+    answer = webui.post("/ziplora/v1/preflight", json={"parents": parents, "output": "x", "resolution": 256})
+    assert answer.status_code == 422
+    assert "odd.safetensors" in answer.json()["error"]
+    assert "the WebUI itself cannot load it" in answer.json()["error"]
+
+
+def test_a_kind_that_the_webui_cannot_apply_is_refused_before_any_work(webui, zero, lycoris_network):
+    """GLoRA with the names that LyCORIS gives its matrices today: a prompt with it changes nothing either."""
+    old = RENAMED.pop("glora")
+    try:
+        write_kind(webui.lora_dir / "new-glora.safetensors", lycoris_network, "glora")
+    finally:
+        RENAMED["glora"] = old
+    webui.post("/sdapi/v1/refresh-loras")
+    without = webui.txt2img(PROMPT, seed=5, **PICTURE)
+    assert np.array_equal(webui.txt2img(f"{PROMPT} <lora:new-glora:1>", seed=5, **PICTURE), without)
+    parents = [{"lora": "new-glora", "role": "subject", "prompt": "a"}, {"lora": zero, "role": "style", "prompt": "b"}]
+    answer = webui.post("/ziplora/v1/preflight", json={"parents": parents, "output": "x", "resolution": 256})
+    assert answer.status_code == 422
+    assert "none of its layers (GLoRA) can be applied" in answer.json()["error"]

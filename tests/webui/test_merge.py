@@ -174,7 +174,7 @@ def test_every_column_is_the_parents_scaled(webui, loras, merged):
         m = torch.linalg.lstsq(a, wanted.T[..., None]).solution
         residual = (a @ m - wanted.T[..., None]).norm() / wanted.norm()
         assert residual < 2e-3, key  # fp16 factors, both sides
-        if len(parts) == 1:
+        if len(parts) == 1 and "_te" in key:  # summed, not learned
             expected = 1.0 if key in subject else 0.8
             torch.testing.assert_close(m, torch.full_like(m, expected), rtol=5e-2, atol=5e-2)
 
@@ -283,9 +283,11 @@ def test_attention_options_and_checkpointing_learn_the_same(webui, loras, merged
     reference = merge(webui, recipe("attention-reference", overwrite=True))
     ours, theirs = (read(webui.lora_dir / f"{n}.safetensors").deltas for n in ("attention", "attention-reference"))
     assert state["result"]["learned"]["error"] == pytest.approx(reference["result"]["learned"]["error"], rel=1e-2)
-    for key, delta in ours.items():
-        difference = (delta.dense() - theirs[key].dense()).norm() / theirs[key].dense().norm()
-        assert difference < 0.02, key
+    differences = {key: (delta.dense() - theirs[key].dense()).norm() for key, delta in ours.items()}
+    norms = {key: delta.norm() for key, delta in theirs.items()}
+    # Adam moves a column whose gradient is nothing but rounding as far as any other, so a layer may differ by more
+    assert max(differences[key] / norms[key] for key in norms) < 0.05
+    assert torch.tensor([*differences.values()]).norm() / torch.tensor([*norms.values()]).norm() < 0.01
 
 
 BAD_OUTPUTS = ["a/b", "a\\b", "..", "../up", "con", "none", "", " ", "random-style", "x:y", "<b>"]
@@ -404,7 +406,7 @@ def test_rank_split_is_subject_first(webui, merged, loras):
     torch.testing.assert_close(first, subject.dense() * m, rtol=1e-2, atol=2e-3 * first.abs().max().item())
 
 
-@pytest.mark.parametrize("button", ["interrupt"])
+@pytest.mark.parametrize("button", ["interrupt", "skip"])
 def test_a_preview_that_is_broken_off_is_not_saved_as_one(webui, loras, merged, button):
     """The sampler gives half a picture back when the WebUI's buttons are pressed."""
     whole = merge(webui, recipe("whole", sampler_steps=40, overwrite=True))
@@ -416,10 +418,10 @@ def test_a_preview_that_is_broken_off_is_not_saved_as_one(webui, loras, merged, 
             time.sleep(0.3)
             pressed.append(webui.post(f"/sdapi/v1/{button}"))
 
-    state = merge(webui, recipe("broken-off", sampler_steps=40), watch=press)
+    state = merge(webui, recipe(f"broken-off-{button}", sampler_steps=40), watch=press)
     assert state["state"] == "done"
-    assert (webui.lora_dir / "broken-off.safetensors").is_file()
-    preview = webui.lora_dir / "broken-off.png"
+    assert (webui.lora_dir / f"broken-off-{button}.safetensors").is_file()
+    preview = webui.lora_dir / f"broken-off-{button}.png"
     if preview.exists():  # skipped, and made again; or the press came too late
         assert np.array_equal(np.asarray(Image.open(preview)), np.asarray(Image.open(webui.lora_dir / "whole.png")))
     else:

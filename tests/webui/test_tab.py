@@ -292,7 +292,8 @@ def test_zip_says_what_was_learned(zipped):
     assert TRIGGER in said
     assert "plain sum" in said
     assert "plainly adding the two" in said
-    assert "keep its strength" in said
+    assert "UNet layers are in" in said
+    assert "text encoder layers are summed" in said
     assert "Time taken" in said
     assert zipped["captions"][2] == "as learned"
     assert "more subject" in zipped["captions"][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class DiffusersHost:
         return peek(Path(name))
 
     def unapplied(self, lora: Lora) -> list[str]:
-        return []
+        return [key for key, layer in lora.dense.items() if "oft_diag" in layer.parts]  # LyCORIS' old form
 
     def destination(self, output: str) -> Path:
         return self.folder / f"{output}.safetensors"
@@ -82,7 +83,7 @@ class DiffusersHost:
         for key, slot in self.slots(list(lora.dense)).items():
             try:
                 delta = dense_delta(lora.dense[key], slot.module)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, IndexError) as error:
                 shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in lora.dense[key].parts.items())
                 raise BadInput(
                     f"a {lora.dense[key].kind} layer that does not fit the model's, of shape {list(slot.shape)} ({shapes})",
@@ -97,22 +98,41 @@ class DiffusersHost:
     def embeddings(self, loras: Sequence[Lora]) -> Iterator[None]:
         encoders = [("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2")]
         found = [entry for entry in encoders if entry[1] in self.adapted]
-        before = [(getattr(self.pipe, t), self.adapted[e], self.adapted[e].get_input_embeddings()) for _, e, t in found]
-        bundled = {name: parts for lora in loras for name, parts in lora.embeddings.items()}
+        bundled: dict[str, dict[str, Tensor]] = {}
+        for lora in loras:  # of one name the first counts, as in the merged file
+            bundled = {**lora.embeddings, **bundled}
+        undo = []
         try:
-            for part, encoder, tokenizer in found if bundled else ():
-                setattr(self.pipe, tokenizer, copy.deepcopy(getattr(self.pipe, tokenizer)))
-                for name, parts in bundled.items():
+            for part, name, tokenizer in found if bundled else ():
+                encoder, words = self.adapted[name], getattr(self.pipe, tokenizer)
+                known = encoder.get_input_embeddings()
+                undo.append(partial(setattr, self.pipe, tokenizer, words))
+                undo.append(partial(encoder.set_input_embeddings, known))
+                undo.append(partial(setattr, encoder.config, "vocab_size", encoder.config.vocab_size))
+                setattr(self.pipe, tokenizer, copy.deepcopy(words))
+                encoder.set_input_embeddings(copy.deepcopy(known))  # it is made larger in place
+                for module in encoder.modules():
+                    # SDXL's second encoder takes the highest token for the end of the text, and new ones are higher
+                    if hasattr(module, "eos_token_id"):
+                        undo.append(partial(setattr, module, "eos_token_id", module.eos_token_id))
+                        module.eos_token_id = words.eos_token_id
+                for token, parts in bundled.items():
                     vectors = parts.get(part, next(iter(parts.values())) if len(parts) == 1 else None)
-                    if vectors is not None:
-                        own = {"text_encoder": self.adapted[encoder], "tokenizer": getattr(self.pipe, tokenizer)}
-                        self.pipe.load_textual_inversion(vectors, token=name, **own)
+                    if vectors is not None and vectors.shape[-1] == known.embedding_dim:
+                        own = {"text_encoder": encoder, "tokenizer": getattr(self.pipe, tokenizer)}
+                        try:
+                            self.pipe.load_textual_inversion(vectors, token=token, **own)
+                            encoder.get_input_embeddings().requires_grad_(False)
+                        except ValueError as error:
+                            raise BadInput(
+                                f"brings an embedding {token!r}, which the tokenizer cannot be taught ({error})",
+                                file=", ".join(lora.path.name for lora in loras if token in lora.embeddings),
+                                remedy="Use a copy of the file without it",
+                            ) from error
             yield
         finally:
-            for (_, _, tokenizer), (words, encoder, vectors) in zip(found, before):
-                setattr(self.pipe, tokenizer, words)
-                encoder.set_input_embeddings(vectors)
-                encoder.config.vocab_size = vectors.num_embeddings
+            for restore in reversed(undo):
+                restore()
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()

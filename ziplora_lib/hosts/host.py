@@ -21,13 +21,17 @@ Cond = Any
 
 @dataclass(frozen=True)
 class Model:
-    """What the host says of its model. base: "sd1", "sd2" or "sdxl"; prediction: "epsilon" or "v"."""
+    """What the host says of its model.
+
+    base: "sd1", "sd2" or "sdxl"; prediction: "epsilon" or "v"; moves: its parts change their device between passes.
+    """
 
     name: str
     base: str
     device: str
     dtype: str
     prediction: str
+    moves: bool = False
 
 
 class Host(Protocol):

@@ -96,9 +96,21 @@ class WebuiHost:
             raise BadInput(f"there is no LoRA named {name!r}", remedy="Pick one of the list, or refresh it")
         return Path(available[name].filename)
 
-    def unapplied(self, lora: Lora) -> list[str]:
+    def _network(self, lora: Lora):
+        """A LoRA as the Lora extension loads it for a prompt. Raises BadInput for one that it fails at."""
         networks = lora_extension()
-        known = networks.load_network(lora.name, networks.available_networks[lora.name]).modules
+        try:
+            return networks.load_network(lora.name, networks.available_networks[lora.name])
+        except Exception as error:  # its parsers assert and raise whatever they meet
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadInput(
+                f"the WebUI itself cannot load it ({reason})",
+                file=lora.path.name,
+                remedy="Pick a LoRA that can be prompted with",
+            ) from error
+
+    def unapplied(self, lora: Lora) -> list[str]:
+        known = self._network(lora).modules
         names = {key: network_name(key) for key in (*lora.layers, *lora.vectors)}
         attentions: dict[str, set[str]] = {}
         for name in names.values():
@@ -106,7 +118,18 @@ class WebuiHost:
                 attentions.setdefault(match[1], set()).add(match[2])
         # of a text encoder's attention the four projections together, or none
         partial = {f"{name}_{head}_proj" for name, found in attentions.items() if found != set(HEADS) for head in found}
-        return [key for key, name in names.items() if name not in known or name in partial]
+        left_out = {key for key, name in names.items() if name not in known or name in partial}
+        # beside the factors of a LoRA it reads no bias
+        biased = [key for key, v in lora.vectors.items() if v.bias is not None and v.weight is None]
+        left_out |= {key for key in biased if getattr(known.get(names[key]), "ex_bias", None) is None}
+        # whether its formula takes this model's weights is seen on one layer of each kind
+        slots = self.slots([key for key in lora.dense if key not in left_out])
+        for kind in {lora.dense[key].kind for key in slots}:
+            own = [key for key in slots if lora.dense[key].kind == kind]
+            smallest = min(own, key=lambda key: math.prod(slots[key].shape))
+            if _updown(known[names[smallest]], slots[smallest]) is None:
+                left_out |= set(own)
+        return sorted(left_out)
 
     def destination(self, output: str) -> Path:
         path = Path(shared.cmd_opts.lora_dir) / f"{output}.safetensors"
@@ -159,7 +182,8 @@ class WebuiHost:
             raise BadInput("Hypertile is on", remedy="Switch off Settings > Hypertile > Enable Hypertile U-Net")
         dtype = next(model.model.parameters()).dtype
         prediction = "v" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
-        return Model(name, base, str(devices.device), str(dtype).removeprefix("torch."), prediction)
+        moves = bool(getattr(model, "lowvram", False))
+        return Model(name, base, str(devices.device), str(dtype).removeprefix("torch."), prediction, moves)
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         mapping = shared.sd_model.network_layer_mapping
@@ -177,30 +201,25 @@ class WebuiHost:
                 slots |= {parts[head]: Slot(mapping[name], head) for head in HEADS}
         return slots
 
-    @torch.no_grad()
     def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:
-        networks = lora_extension()
-        applied = networks.load_network(lora.name, networks.available_networks[lora.name]).modules
+        if not lora.dense:
+            return
+        applied = self._network(lora).modules
         for key, slot in self.slots(list(lora.dense)).items():
-            if (module := applied.get(network_name(key))) is None:
-                continue
-            weight = slot.weight.detach()
-            try:
-                delta = module.calc_updown(weight)[0].to(devices.device).float().expand(weight.shape)
-            except (RuntimeError, AttributeError):  # what the Lora extension cannot apply, it leaves out as well
-                continue
-            yield key, delta
+            module = applied.get(network_name(key))
+            # what the Lora extension cannot apply, it leaves out as well
+            if module is not None and (delta := _updown(module, slot)) is not None:
+                yield key, delta
 
     @contextmanager
     def embeddings(self, loras: Sequence[Lora]) -> Iterator[None]:
-        networks, known = lora_extension(), sd_hijack.model_hijack.embedding_db
+        known = sd_hijack.model_hijack.embedding_db
         registered = []
         try:
             for lora in loras:
                 if not lora.embeddings:
                     continue
-                network = networks.load_network(lora.name, networks.available_networks[lora.name])
-                for name, embedding in network.bundle_embeddings.items():
+                for name, embedding in self._network(lora).bundle_embeddings.items():
                     fits = known.expected_shape in (-1, embedding.shape)
                     if fits and name not in known.word_embeddings:  # one in the embeddings folder comes first there too
                         known.register_embedding(embedding, shared.sd_model)
@@ -333,6 +352,20 @@ def network_name(key: str) -> str:
     if key.startswith("lora_te1_text_model"):
         return key.replace("lora_te1_text_model", "0_transformer_text_model", 1)
     return lora_extension().convert_diffusers_name_to_compvis(key, shared.sd_model.is_sd2)
+
+
+@torch.no_grad()
+def _updown(module, slot: Slot) -> Tensor | None:
+    """ΔW of a layer in fp32, as the Lora extension computes it during a generation; None where it fails at it."""
+    weight = slot.weight.detach().to(devices.device)
+    # in a model of half precision some formulas need what surrounds them in a generation, others more precision
+    for context, given in ((devices.autocast, weight), (devices.without_autocast, weight.float())):
+        try:
+            with context():
+                return module.calc_updown(given)[0].to(devices.device).float().expand(weight.shape)
+        except (RuntimeError, AttributeError, ValueError):
+            continue
+    return None
 
 
 @contextmanager

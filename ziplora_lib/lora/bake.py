@@ -46,7 +46,7 @@ def _recorded(lora: Lora) -> tuple[list[dict[str, str]], dict[str, tuple[int, ..
         ranks = {key: tuple(int(rank) for rank in split) for key, split in table.items()}
         if not entries or {len(split) for split in ranks.values()} != {len(entries)}:
             raise ValueError("parents and ranks do not fit")
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(
             "was not made by ZipLoRA, so its halves are not known",
             file=lora.path.name,
@@ -137,7 +137,7 @@ def _write(
     names = names if names in LAYER_NAMES else "kohya"
     plain, extra = extra_tensors(stacks, vectors, _bias_shapes(lora, base), partial(spelled, base=base))
     extra |= embedding_tensors([lora])[0]
-    dtype = _DTYPE_NAMES[lora.dtype]
+    dtype = _DTYPE_NAMES.get(lora.dtype, "fp32")  # what another tool made of it
     return writer.write(destination, plain, dtype, metadata, overwrite, names=names, base=base, extra=extra)
 
 
@@ -177,7 +177,7 @@ def bake(source: Path, destination: Path, weights: Sequence[float], overwrite: b
     name = destination.stem
     try:
         before = [float(w) for w in json.loads(lora.metadata["ziplora.strengths"])]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         before = []
     before = before if len(before) == len(weights) else [1.0] * len(weights)
     metadata = {

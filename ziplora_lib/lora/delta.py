@@ -77,11 +77,6 @@ class LowRankDelta:
         """Factors of at most `rank`, and the share of ‖ΔW‖² that is lost; itself where it is small enough."""
         return (self, 0.0) if rank is None or rank >= self.rank else _truncated(self.dense(), rank)
 
-    def compact(self) -> LowRankDelta:
-        """The same ΔW at the layer's full rank where the factors have more ranks than that."""
-        full = min(self.shape[0], math.prod(self.shape[1:]))
-        return self if self.rank <= full else DenseDelta(self.dense()).low_rank()[0]
-
 
 @dataclass(frozen=True)
 class DenseDelta:
@@ -135,7 +130,7 @@ def _truncated(weight: Tensor, rank: int) -> tuple[LowRankDelta, float]:
     left = 1 - s.square().cumsum(0) / energy
     r = min(rank, int((left > _ROUNDING).sum()) + 1)
     root = s[:r].sqrt()
-    lost = max(0.0, float(1 - s[:r].double().square().sum() / energy.double()))
+    lost = max(0.0, float(1 - s[:r].double().square().sum() / energy.double())) if flat.any() else 0.0
     return LowRankDelta(u[:, :r] * root, (root[:, None] * vh[:r]).reshape(r, *weight.shape[1:])), lost
 
 

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ziplora_lib.lora.delta import LowRankDelta
+from ziplora_lib.lora.delta import DenseDelta, LowRankDelta
 
 Parts = Mapping[str, Tensor]
+
+# the values of a layer that is larger than any model's
+LARGEST = 2**28
 
 # the parts that make a layer of each kind, as LyCORIS and the WebUI name them; the first that is there tells the kind
 KINDS: dict[str, tuple[str, ...]] = {
@@ -60,13 +63,18 @@ class DenseLayer:
     parts: Parts
     exact_rank: int | None = None
 
+    @property
+    def extent(self) -> tuple[int, int] | None:
+        """(outputs, columns) of the layer that it is for, where its parts tell."""
+        return extent(self.kind, self.parts)
+
 
 def kind_of(parts: Parts) -> str | None:
     """The kind of a layer that has these parts; None where no kind has them."""
     kind = next((kind for kind, own in KINDS.items() if any(part in parts for part in own)), None)
     if kind == "OFT" and "oft_blocks" in parts and parts["oft_blocks"].ndim == 4:
         kind = "BOFT"
-    return f"DoRA of {kind}" if "dora_scale" in parts else kind
+    return f"DoRA of {kind}" if kind is not None and "dora_scale" in parts else kind
 
 
 def missing(kind: str, parts: Parts) -> str | None:
@@ -75,35 +83,71 @@ def missing(kind: str, parts: Parts) -> str | None:
     return next((group[-1] for group in needed if not any(part in parts for part in group)), None)
 
 
-def base_factors(kind: str, parts: Parts, scale: float | None) -> LowRankDelta | None:
+def extent(kind: str, parts: Parts) -> tuple[int, int] | None:
+    """(outputs, columns) of the layer that the parts are for, from their shapes; None for a kind whose parts do not tell.
+
+    Raises RuntimeError, ValueError, KeyError or IndexError for parts that are none of the kind, as all below do.
+    """
+    kind = kind.removeprefix("DoRA of ")
+    if kind == "LoRA":
+        up, down, mid = (parts.get(f"lora_{name}.weight") for name in ("up", "down", "mid"))
+        return up.shape[0], down.shape[1:].numel() * (1 if mid is None else mid.shape[2:].numel())
+    if kind == "LoHa":
+        return _extent(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
+    if kind == "LoKr":
+        halves = [
+            _extent(parts[f"lokr_w{n}_a"], parts[f"lokr_w{n}_b"], parts.get(f"lokr_t{n}"))
+            if parts.get(f"lokr_w{n}") is None
+            else (parts[f"lokr_w{n}"].shape[0], parts[f"lokr_w{n}"].shape[1:].numel())
+            for n in (1, 2)
+        ]
+        return halves[0][0] * halves[1][0], halves[0][1] * halves[1][1]
+    if kind == "full":
+        return parts["diff"].shape[0], parts["diff"].shape[1:].numel()
+    return None
+
+
+def _extent(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[int, int]:
+    if t is None:
+        return a.shape[0], b.shape[1:].numel()
+    return a.shape[1], b.shape[1:].numel() * t.shape[2:].numel()
+
+
+def base_factors(kind: str, parts: Parts) -> LowRankDelta | None:
     """ΔW's factors, of the parts alone, without DoRA's renormalisation; None for a kind that has none.
 
-    scale: overrides alpha / rank. LoRA: the rank; LoHa: the product of its two ranks, by
-    (U_1 V_1) ∘ (U_2 V_2) = (U_1 • U_2)(V_1 • V_2), row-wise and column-wise Khatri-Rao; LoKr: the product of its ranks, by
-    (U_1 V_1) ⊗ (U_2 V_2) = (U_1 ⊗ U_2)(V_1 ⊗ V_2).
+    The part `scale` overrides alpha / rank. LoRA: the rank; LoHa: the product of its two ranks, by
+    (U_1 V_1) ∘ (U_2 V_2) = (U_1 • U_2)(V_1 • V_2), row-wise and column-wise Khatri-Rao, or the layer's full rank where that
+    is less; LoKr: the product of its ranks, by (U_1 V_1) ⊗ (U_2 V_2) = (U_1 ⊗ U_2)(V_1 ⊗ V_2).
     """
     build = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}.get(kind)
     if build is None:
         return None
+    out, columns = extent(kind, parts)
+    if out * columns > LARGEST:  # a small file can ask for terabytes
+        raise ValueError(f"they ask for a layer of {out} x {columns}, larger than any model's")
     up, down, rank = build(parts)
-    if scale is None:
-        scale = float(parts["alpha"]) / rank if "alpha" in parts and rank else 1.0
-    return LowRankDelta(up, down, scale)
+    if up.shape[1] != down.shape[0]:
+        raise ValueError(f"factors of rank {up.shape[1]} and {down.shape[0]}")
+    alpha = float(parts["alpha"]) / rank if "alpha" in parts and rank else 1.0
+    return LowRankDelta(up, down, float(parts["scale"]) if "scale" in parts else alpha)
 
 
-def read_layer(kind: str, parts: Parts, scale: float | None = None) -> LowRankDelta | DenseLayer:
+def read_layer(kind: str, parts: Parts) -> LowRankDelta | DenseLayer:
     """A layer as factors where it is low rank by nature, else as what the host works it out from."""
     if "dora_scale" in parts:
         return DenseLayer(kind, parts)
-    factors = base_factors(kind, parts, scale)
+    factors = base_factors(kind, parts)
     if factors is None:
-        rank = 2 * min(parts["b1.weight"].shape[:2]) if kind == "GLoRA" else None
-        return DenseLayer(kind, parts, rank)
-    full = min(factors.shape[0], math.prod(factors.shape[1:]))
-    if kind == "LoKr" and factors.rank >= full:
-        return DenseLayer(kind, parts)
-    # plain factors stay as they are: in a merged file they are the parents' one after the other
-    return factors if kind == "LoRA" else factors.compact()
+        return DenseLayer(kind, parts, _glora_rank(parts) if kind == "GLoRA" else None)
+    whole = factors.rank >= min(factors.shape[0], math.prod(factors.shape[1:]))
+    return DenseLayer(kind, parts) if kind == "LoKr" and whole else factors
+
+
+def _glora_rank(parts: Parts) -> int:
+    """The rank of ΔW = W·a1·a2 + b1·b2: the first term has its own at each position of the kernel."""
+    halves = [parts["b1.weight"], parts["b2.weight"], parts.get("bm.weight", parts["b1.weight"])]
+    return min(halves[0].shape[:2]) * (1 + max(half.shape[2:].numel() for half in halves))
 
 
 def _lora(parts: Parts) -> tuple[Tensor, Tensor, int]:
@@ -118,12 +162,16 @@ def _half(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     """One half of a LoHa or LoKr, (out, r) and (r, in…); with a Tucker core t, a is (r, out)."""
     if t is None:
         return a.float(), b.float()
-    return a.float().T, torch.einsum("ijkl,jr->irkl", t.float(), b.float())
+    return a.float().T.contiguous(), torch.einsum("ijkl,jr->irkl", t.float(), b.float())
 
 
 def _loha(parts: Parts) -> tuple[Tensor, Tensor, int]:
     up_1, down_1 = _half(parts["hada_w1_a"], parts["hada_w1_b"], parts.get("hada_t1"))
     up_2, down_2 = _half(parts["hada_w2_a"], parts["hada_w2_b"], parts.get("hada_t2"))
+    if up_1.shape[1] * up_2.shape[1] > min(up_1.shape[0], down_1.shape[1:].numel()):
+        product = (up_1 @ down_1.flatten(1)) * (up_2 @ down_2.flatten(1))
+        whole, _ = DenseDelta(product.reshape(-1, *down_1.shape[1:])).low_rank()
+        return whole.up, whole.down, parts["hada_w1_b"].shape[0]
     up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
     down = (down_1[:, None] * down_2[None]).flatten(0, 1)
     return up, down, parts["hada_w1_b"].shape[0]
@@ -143,7 +191,10 @@ def _lokr(parts: Parts) -> tuple[Tensor, Tensor, int]:
 def _either(whole: Tensor | None, a: Tensor | None, b: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
     """A LoKr factor as (out, r) and (r, in…), whichever way it is written."""
     if whole is None:
-        return _half(a, b, t)
+        up, down = _half(a, b, t)
+        if up.shape[1] <= min(up.shape[0], down.shape[1:].numel()):
+            return up, down
+        whole = (up @ down.flatten(1)).reshape(-1, *down.shape[1:])
     whole = whole.float()
     out, columns = whole.shape[0], math.prod(whole.shape[1:])
     if columns <= out:

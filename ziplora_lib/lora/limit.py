@@ -41,6 +41,8 @@ def limit(
     The halves stay apart, so that strengths can be baked later; their singular values compete for the ranks of a layer.
     The loss is that of their sum, exactly; None where no layer is smaller than before.
     """
+    if max_rank is None and keep >= 1:  # not even a decomposition, which would round
+        return dict(stacks), None
     smaller, lost, energies = {}, {}, {}
     for key, stack in stacks.items():
         smaller[key] = _limited(stack, max_rank, keep)
@@ -54,10 +56,10 @@ def _limited(stack: Stack, max_rank: int | None, keep: float) -> Stack:
     halves = [None if part is None else _singular(part) for part in map(stack.part, range(len(stack.ranks)))]
     values = torch.cat([half[1].square() for half in halves if half is not None])
     order = values.sort(descending=True, stable=True)
-    kept = values.sum() * keep
-    # the smallest number of ranks whose squares reach the share
-    wanted = int((order.values.cumsum(0) < kept * (1 - 1e-6)).sum()) + 1
-    wanted = min(wanted, max_rank or len(values))
+    wanted = len(values)
+    if keep < 1:  # the smallest number of ranks whose squares reach the share
+        wanted = int((order.values.cumsum(0) < values.sum() * keep * (1 - 1e-6)).sum()) + 1
+    wanted = min(wanted, max_rank or wanted)
     if wanted >= len(values):
         return stack
     chosen = torch.zeros(len(values), dtype=torch.bool)

@@ -100,7 +100,7 @@ def merged_metadata(
     """
     triggers = ", ".join(dict.fromkeys(words for words, _ in map(trigger_words, parents) if words))
     tags = {f"{p.name}: {f}": _frequent(t) for p in parents for f, t in list(tag_frequency(p).items())[:KEPT_FOLDERS]}
-    rank = max(sum(r) for r in ranks.values())
+    rank = max((sum(r) for r in ranks.values()), default=0)
     resolution = int(recipe.get("resolution", 1024))
     meta = {
         **_base_fields(base, prediction, [p.metadata.get("ss_base_model_version", "") for p in parents]),
@@ -120,7 +120,7 @@ def merged_metadata(
         "ziplora.parents": json.dumps(
             [_origin(p, chosen) for p, chosen in zip(parents, recipe["parents"])], ensure_ascii=False
         ),
-        "ziplora.ranks": json.dumps(_rank_table(ranks)),
+        "ziplora.ranks": json.dumps(_rank_table(ranks, len(parents))),
         "ziplora.coefficients": json.dumps(learned, sort_keys=True),
     }
     if triggers:
@@ -193,8 +193,8 @@ def half_metadata(name: str, merged: Lora, origin: Mapping[str, str], rank: int)
     return meta
 
 
-def _rank_table(ranks: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+def _rank_table(ranks: dict[str, tuple[int, ...]], parents: int) -> dict[str, list[int]]:
     """The rank splits in brief: the usual one under "*", each layer that differs by its key."""
     splits = list(ranks.values())
-    usual = max(dict.fromkeys(splits), key=splits.count)
+    usual = max(dict.fromkeys(splits), key=splits.count) if splits else [0] * parents
     return {"*": list(usual)} | {key: list(split) for key, split in ranks.items() if split != usual}

@@ -118,10 +118,7 @@ def read(path: Path) -> Lora:
     """
     path = Path(path)
     tensors, metadata = _tensors(path)
-    embeddings: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name in [name for name in tensors if name.startswith(_BUNDLED)]:
-        own, _, part = name.removeprefix(_BUNDLED).partition(".")
-        embeddings[own][part] = tensors.pop(name)
+    embeddings = _embeddings(path, tensors)
     grouped = _grouped(path, tensors)
     base = _base(grouped, metadata)
     scales = _adapter_scales(path, metadata)
@@ -142,7 +139,18 @@ def read(path: Path) -> Lora:
         layers[key] = layer
     deltas, dense, vectors, found = {}, {}, {}, Counter()
     for key, layer in sorted(layers.items()):
-        kind, delta, vector = _read_layer(path, layer, scales)
+        try:
+            kind, delta, vector = _read_layer(path, layer, scales)
+        except BadInput:
+            raise
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in layer.parts.items())
+            reason = f": {error}" if type(error) is ValueError else ""
+            raise layer.bad(
+                f"its parts do not fit each other ({shapes}){reason}",
+                "The file is damaged or unfinished: download or save it again",
+                path,
+            ) from error
         found[kind] += 1
         if isinstance(delta, LowRankDelta):
             deltas[key] = delta
@@ -164,7 +172,7 @@ def read(path: Path) -> Lora:
         base=base,
         dense=dense,
         vectors=vectors,
-        embeddings=dict(embeddings),
+        embeddings=embeddings,
         kinds=dict(found.most_common()),
     )
 
@@ -277,7 +285,7 @@ def _parse(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, s
 
 
 def _read_layer(
-    path: Path, layer: _Layer, adapter_scale: Callable[[str, int], float | None]
+    path: Path, layer: _Layer, adapter_scale: Callable[[str, int | None], float | None]
 ) -> tuple[str, LowRankDelta | DenseLayer | None, Vectors | None]:
     """A layer's kind, what it does to the weight, and to the norm or bias."""
     damaged = "The file is damaged or unfinished: download or save it again"
@@ -300,27 +308,23 @@ def _read_layer(
         return _own_layer(path, layer)
     if "lora_magnitude_vector" in parts:  # PEFT's name; one norm an output
         parts["dora_scale"] = parts.pop("lora_magnitude_vector").reshape(-1, 1)
+    if "diff" in parts and parts["diff"].ndim == 1:  # ComfyUI's names for a norm's
+        names = {"diff": "w_norm", "diff_b": "b_norm"}
+        parts = {names.get(part, part): tensor for part, tensor in parts.items()}
     kind = kinds.kind_of(parts)
     if kind is None:
         raise layer.bad(f"has {', '.join(parts)}, but nothing of a LoRA", damaged, path)
     if lacking := kinds.missing(kind, parts):
         raise layer.bad(f"the layer has no {lacking.removesuffix('.weight').removeprefix('lora_')} part", damaged, path)
-    if kind == "LoRA":
+    if kind.removeprefix("DoRA of ") == "LoRA":
         _check_lora(path, layer)
-    scale = float(parts["scale"]) if "scale" in parts else None
-    if scale is None and "alpha" not in parts:
-        scale = _outside_scale(layer, parts, adapter_scale)
-        if scale is not None and "dora_scale" in parts:  # for whoever works the layer out
-            rank = next(parts[p].shape[0] for p in ("lora_down.weight", "hada_w1_b", "lokr_w2_b") if p in parts)
-            parts["alpha"] = torch.tensor(scale * rank)
-    try:
-        delta = None if kind in ("norm", "bias") else kinds.read_layer(kind, parts, scale)
-    except RuntimeError as error:  # torch's word for factors that do not fit each other
-        shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in layer.parts.items())
-        raise layer.bad(f"its parts do not fit each other ({shapes})", damaged, path) from error
+    if "scale" not in parts and "alpha" not in parts and (scale := _outside_scale(layer, adapter_scale)) is not None:
+        parts["scale"] = torch.tensor(scale)
+    delta = None if kind in ("norm", "bias") else kinds.read_layer(kind, parts)
     bias = parts.get("diff_b", parts.get("b_norm"))
     if bias is None and "lora_B.bias" in parts:
-        bias = parts["lora_B.bias"] * (1.0 if not isinstance(delta, LowRankDelta) else delta.scale)
+        factors = kinds.base_factors(kind.removeprefix("DoRA of "), parts)
+        bias = parts["lora_B.bias"].float() * (1.0 if factors is None else factors.scale)
     weight = parts.get("w_norm")
     row = [None if t is None else t.reshape(1, -1) for t in (weight, bias)]
     return _kind_name(kind, parts), delta, None if weight is None and bias is None else Vectors(*row)
@@ -334,6 +338,8 @@ def _own_layer(path: Path, layer: _Layer) -> tuple[str, LowRankDelta | None, Vec
             raise layer.bad("its factors do not fit", "Another tool changed the file: merge again", path, "ziplora_up")
         delta = LowRankDelta(parts["ziplora_up"], parts["ziplora_down"])
     weight, bias = parts.get("ziplora_weight"), parts.get("ziplora_bias")
+    if any(t is not None and t.ndim != 2 for t in (weight, bias)):
+        raise layer.bad("has no row for each parent", "Another tool changed the file: merge again", path)
     return "merged", delta, None if weight is None and bias is None else Vectors(weight, bias)
 
 
@@ -363,14 +369,17 @@ def _check_lora(path: Path, layer: _Layer) -> None:
         )
 
 
-def _outside_scale(layer: _Layer, parts: Mapping[str, Tensor], adapter_scale) -> float | None:
+def _outside_scale(layer: _Layer, adapter_scale) -> float | None:
     """The scale that PEFT's settings give, for a layer that has no alpha."""
-    part = next((p for p in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if p in layer.parts), None)
-    return None if part is None else adapter_scale(layer.names[part], layer.parts[part].shape[0])
+    ranked = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    if part := next((p for p in ranked if p in layer.parts), None):
+        return adapter_scale(layer.names[part], layer.parts[part].shape[0])
+    # LoKr of two whole factors: PEFT divides by the rank that was asked for, LyCORIS by none
+    return adapter_scale(layer.names["lokr_w2"], None) if "lokr_w2" in layer.parts else None
 
 
-def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float | None]:
-    """What PEFT keeps beside the weights: (name, rank) -> scale or None.
+def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int | None], float | None]:
+    """What PEFT keeps beside the weights: (name, rank, None for the one in its settings) -> scale or None.
 
     Newer diffusers store PEFT's settings in one JSON field of the metadata, PEFT itself in a file of its own.
     """
@@ -379,22 +388,28 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int]
         own = _json(file.read_text(encoding="utf-8", errors="replace"))
         settings |= {f"base_model.model.{field}": value for field, value in own.items()}
 
-    def scale(name: str, rank: int) -> float | None:
+    def scale(name: str, rank: int | None) -> float | None:
         parts = ("unet.", "text_encoder.", "text_encoder_2.", "base_model.model.")
         part = next((p for p in parts if name.startswith(p)), "")
         layer = re.split(r"\.(?:lora|hada|lokr)_", name[len(part) :])[0]
-        # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
-        patterns = settings.get(f"{part}alpha_pattern")
-        patterns = patterns if isinstance(patterns, dict) else {}
+
+        def setting(kind: str, *usual: str) -> float | None:
+            # as in peft: a pattern is a regular expression on the end of the layer's name, and the first that fits counts
+            patterns = settings.get(f"{part}{kind}_pattern")
+            patterns = patterns if isinstance(patterns, dict) else {}
+            own = (value for pattern, value in patterns.items() if _matches(pattern, layer))
+            value = next(own, next((settings[part + name] for name in usual if part + name in settings), None))
+            return None if value is None else float(value)
+
         try:
-            own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-            alpha = next(own, settings.get(f"{part}lora_alpha", settings.get(f"{part}alpha")))
-            found = None if alpha is None else float(alpha)
-        except (ValueError, TypeError, re.error):
+            found = setting("alpha", "lora_alpha", "alpha")
+            if rank is None and found is not None:
+                rank = setting("rank", "r")
+        except (ValueError, TypeError, OverflowError, re.error):
             found = float("nan")
         if found is None:
             return None
-        if not math.isfinite(found):
+        if not (math.isfinite(found) and rank):
             raise BadInput(
                 "PEFT's settings give it no usable alpha",
                 file=path.name,
@@ -404,6 +419,35 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int]
         return found / (rank**0.5 if settings.get(f"{part}use_rslora") else rank)
 
     return scale
+
+
+# in a pattern of PEFT's: names, alternatives, anchors; a few times "anything", but nothing that can be repeated within a
+# repetition, which a stranger's file could stop the whole program with
+_PLAIN_PATTERN = re.compile(r"[\w.\\^$|()-]*(\.\*[\w.\\^$|()-]*){0,3}")
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    if not _PLAIN_PATTERN.fullmatch(pattern):
+        raise ValueError(f"a pattern that is not plain: {pattern}")
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+
+
+def _embeddings(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Takes the bundled embeddings out of a file's tensors: by name, and by part of the model."""
+    embeddings: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name in [name for name in tensors if name.startswith(_BUNDLED)]:
+        own, _, part = name.removeprefix(_BUNDLED).partition(".")
+        tensor = tensors.pop(name)
+        usable = own and part and tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
+        if not usable or not torch.isfinite(tensor.float()).all():
+            raise BadInput(
+                f"is no usable embedding ({tensor.dtype}, shape {list(tensor.shape)})",
+                file=path.name,
+                key=name,
+                remedy="The file is damaged: download or save it again, or use a copy without it",
+            )
+        embeddings[own][part] = tensor
+    return dict(embeddings)
 
 
 def _json(text: str) -> dict:
@@ -439,7 +483,7 @@ _NOT_SDXL = (
 _ONE_ENCODER = ("lora_te_", "oft_te_", "lycoris_te_")
 _ENCODER_WIDTH = {768: "sd1", 1024: "sd2"}
 # how ss_base_model_version begins
-_VERSIONS = {"sdxl": "sdxl", "sd_v1": "sd1", "sd_v2": "sd2"}
+VERSIONS = {"sdxl": "sdxl", "sd1": "sd_v1", "sd2": "sd_v2"}
 
 
 def _base(layers: Mapping[str, _Layer], metadata: dict[str, str]) -> str:
@@ -458,7 +502,7 @@ def _base(layers: Mapping[str, _Layer], metadata: dict[str, str]) -> str:
     if any(key.startswith("lora_te2_") for key in keys if key):
         return "sdxl"
     version = metadata.get("ss_base_model_version", "")
-    return next((b for start, b in _VERSIONS.items() if version.startswith(start)), "unknown")
+    return next((base for base, start in VERSIONS.items() if version.startswith(start)), "unknown")
 
 
 def _columns(layer: _Layer) -> int | None:

@@ -41,8 +41,8 @@ class Vectors:
 
     def row(self, i: int) -> Vectors | None:
         """What LoRA i adds, as (1, n); None where that is nothing."""
-        weight, bias = (None if t is None or not t[i].any() else t[i : i + 1] for t in (self.weight, self.bias))
-        return None if weight is None and bias is None else Vectors(weight, bias)
+        weight, bias = (None if t is None else t[i : i + 1] for t in (self.weight, self.bias))
+        return Vectors(weight, bias) if any(t is not None and t.any() for t in (weight, bias)) else None
 
     def to(self, device: torch.device) -> Vectors:
         return Vectors(*(None if t is None else t.to(device) for t in (self.weight, self.bias)))

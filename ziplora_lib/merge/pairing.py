@@ -96,14 +96,25 @@ def refuse_unfit(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str, 
     for key in lora.deltas:
         if key in shapes:
             _fitted(lora, key, shapes[key], 1.0)
-    for key, vectors in lora.vectors.items():
-        if key in shapes and vectors.size != shapes[key][0]:
+    other = f"This LoRA belongs to another base model ({BASES[lora.base]})"
+    for key, layer in lora.dense.items():
+        mine = (shapes[key][0], math.prod(shapes[key][1:])) if key in shapes else None
+        if mine and layer.extent not in (None, mine):
             raise BadInput(
-                f"made for a layer of {vectors.size} outputs, but the model's has {shapes[key][0]}",
+                f"made for a layer of {layer.extent[0]} x {layer.extent[1]}, but the model's has {mine[0]} x {mine[1]}",
                 file=lora.path.name,
                 key=key,
-                remedy=f"This LoRA belongs to another base model ({BASES[lora.base]})",
+                remedy=other,
             )
+    for key, vectors in lora.vectors.items():
+        for row in (vectors.weight, vectors.bias):
+            if key in shapes and row is not None and row.shape[-1] != shapes[key][0]:
+                raise BadInput(
+                    f"made for a layer of {row.shape[-1]} outputs, but the model's has {shapes[key][0]}",
+                    file=lora.path.name,
+                    key=key,
+                    remedy=other,
+                )
 
 
 def equalising(norms: Sequence[float]) -> list[float]:
@@ -116,8 +127,9 @@ def equalising(norms: Sequence[float]) -> list[float]:
 def norm_warnings(loras: Sequence[Lora], strengths: Sequence[float]) -> list[str]:
     """What is to be said of the LoRAs' norms: zeros, and one that is far stronger than another."""
     norms = [lora.norm() * abs(w) for lora, w in zip(loras, strengths)]
-    said = [f"{lora.name} changes nothing: all its values are zero" for lora, n in zip(loras, norms) if n == 0]
-    if said or max(norms) <= UNEQUAL * min(norms):
+    zero = [lora for lora, norm in zip(loras, norms) if norm == 0]
+    said = [f"{lora.name} changes nothing: all its values are zero" for lora in zero if not lora.vectors]
+    if zero or max(norms) <= UNEQUAL * min(norms):
         return said
     strongest, weakest = (loras[norms.index(pick(norms))].name for pick in (max, min))
     even = ", ".join(f"{lora.name} {w * f:.2g}" for lora, w, f in zip(loras, strengths, equalising(norms)))
@@ -143,10 +155,11 @@ def report(
     have = {key: [key in lora.deltas or key in lora.dense for lora in loras] for key in keys}
     for i, lora in enumerate(loras):
         if missing := unmatched(lora, shapes):
-            lost = [key for key in missing if key in lora.dense]
+            # a bias has its place beside a weight
+            lost = [key for key in missing if key not in lora.deltas and not _is_norm(lora, key)]
             warnings.append(
-                f"{lora.name}: {_some(missing)} of {len(lora.layers)} are not in this model"
-                + (f"; {len(lost)} of them cannot be kept, since their ΔW depends on the model" if lost else "")
+                f"{lora.name}: {_some(missing)} are not in this model"
+                + (f"; {len(lost)} of them cannot be kept, since what they do depends on the model" if lost else "")
                 + ("; the rest is kept in the file but not learned" if len(lost) < len(missing) else "")
             )
         alone = [key for key in keys if is_unet(key) and have[key][i] and sum(have[key]) == 1]
@@ -154,9 +167,9 @@ def report(
             warnings.append(f"{len(alone)} UNet layers are in {lora.name} alone")
         if lora.base == "unknown":
             warnings.append(f"{lora.name} does not say which base model it was made for; its layers fit this one")
-        if lora.dense and dense_rank is not None:
+        if (cut := [key for key, layer in lora.dense.items() if layer.exact_rank is None]) and dense_rank is not None:
             warnings.append(
-                f"{lora.name}: {len(lora.dense)} layers ({_kinds(lora)}) have no factors of their own; they are brought to "
+                f"{lora.name}: {len(cut)} layers ({_kinds(lora, cut)}) have no factors of their own; they are brought to "
                 f"rank {dense_rank} or less, and what that loses is said afterwards"
             )
         if lora.embeddings:
@@ -166,10 +179,19 @@ def report(
         warnings.append(f"{text} text encoder layers are summed, not learned")
     if vectors := set().union(*(lora.vectors for lora in loras)):
         warnings.append(f"{len(vectors)} norms and biases are summed: they have no columns to learn")
+    biased = {key for lora in loras for key in lora.vectors if key in have and not _is_norm(lora, key)}
+    if biased:
+        warnings.append(f"{len(biased)} layers have a bias and are saved whole, which takes more room")
+    if vectors or any(lora.embeddings for lora in loras):
+        warnings.append(
+            "the WebUI reads norms, biases and embeddings of a file, but diffusers reads none that has them"
+        )
     warnings += norm_warnings(loras, strengths) if not any(lora.dense for lora in loras) else []
     learned = [key for key in keys if key in shapes and (learn_text or is_unet(key))]
     if not any(sum(have[key]) > 1 for key in learned):
         warnings.append("the LoRAs share no UNet layer")
+    if not learned:
+        warnings.append("there is nothing to learn: the LoRAs are added as they are")
     return {
         "parents": [
             {
@@ -190,7 +212,8 @@ def report(
         "shared_layers": sum(all(have[key]) for key in keys if is_unet(key)),
         "text_layers": text,
         "vectors": len(vectors),
-        "values": sum(_values(lora, key, shapes, dense_rank) for lora in loras for key in lora.layers),
+        "values": sum(_values(lora, key, shapes, dense_rank) for lora in loras for key in lora.layers)
+        + sum(math.prod(shapes[key]) for key in biased if key in shapes),
         "warnings": warnings,
     }
 
@@ -199,8 +222,12 @@ def _some(keys: Sequence[str]) -> str:
     return f"{len(keys)} layers ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
 
 
-def _kinds(lora: Lora) -> str:
-    return ", ".join(dict.fromkeys(layer.kind for layer in lora.dense.values()))
+def _kinds(lora: Lora, keys: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(lora.dense[key].kind for key in keys))
+
+
+def _is_norm(lora: Lora, key: str) -> bool:
+    return key in lora.vectors and lora.vectors[key].weight is not None
 
 
 def _values(lora: Lora, key: str, shapes: Mapping[str, tuple[int, ...]], dense_rank: int | None) -> int:
@@ -210,5 +237,6 @@ def _values(lora: Lora, key: str, shapes: Mapping[str, tuple[int, ...]], dense_r
     if key not in shapes:
         return 0
     out, columns = shapes[key][0], math.prod(shapes[key][1:])
+    wanted = None if dense_rank is None else max(dense_rank, lora.dense[key].exact_rank or 0)
     full = min(out, columns)
-    return (full if dense_rank is None else min(full, dense_rank)) * (out + columns)
+    return (full if wanted is None else min(full, wanted)) * (out + columns)

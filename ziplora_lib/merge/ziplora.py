@@ -172,9 +172,14 @@ def _finished(pairing, columns, m, step, errors, summed, history, stopped) -> Me
     if not torch.isfinite(m).all():
         raise MergeFailed("The coefficients are not finite. Lower the learning rate.")
     remedy = "Lower lam, or use the default objective"
-    if retained < COLLAPSED or min(columns.mean_abs(m)) < SWITCHED_OFF:
+    learns = columns.present.any(dim=1).tolist()  # a LoRA of text encoder layers alone, say, may have none
+
+    def faded(kept: float, means: list[float]) -> bool:
+        return kept < COLLAPSED or min(mean for mean, own in zip(means, learns) if own) < SWITCHED_OFF
+
+    if faded(retained, columns.mean_abs(m)):
         warnings.append(f"the run collapsed: only {retained:.0%} of the plain sum's strength is left. {remedy}")
-    elif history[-1]["retained"] < COLLAPSED or min(history[-1]["mean_m"]) < SWITCHED_OFF:
+    elif faded(history[-1]["retained"], history[-1]["mean_m"]):
         warnings.append(f"the run collapsed after step {step}, whose coefficients were kept. {remedy}")
     if step == 0:
         warnings.append("nothing was learned: no step was better than the coefficients at the start. Lower lr or lam")
