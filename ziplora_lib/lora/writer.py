@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -165,15 +166,20 @@ def lora_tensors(
     alpha = float(max((stack.up.shape[1] for stack in stacks.values()), default=1))
     for key, stack in sorted(stacks.items()):
         layer, rank = spelled(key, base, names), stack.up.shape[1]
-        # a reader multiplies by alpha / rank
-        up = stack.up * (rank / alpha if names == "kohya" else 1.0)
-        up = up.reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
-        for part, value in zip(FACTORS[names], (up, stack.down)):
+        for_up, for_down = _shares(rank / alpha) if names == "kohya" else (1.0, 1.0)
+        up = (stack.up * for_up).reshape(*stack.up.shape, *[1] * (stack.down.ndim - 2))
+        for part, value in zip(FACTORS[names], (up, stack.down * for_down)):
             tensors[f"{layer}.{part}.weight"] = _cast(f"{layer}.{part}.weight", value, dtype)
         if names == "kohya":
             # fp32 whatever the rest is: bf16 cannot hold every rank above 256
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+def _shares(ratio: float) -> tuple[float, float]:
+    """rank / alpha, which undoes what a reader multiplies by, for both factors: in one it could leave fp16's range."""
+    for_down = 2.0 ** round(math.log2(ratio) / 2)
+    return ratio / for_down, for_down
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,9 +273,9 @@ def _largest_error(
     for key, stack in stacks.items():
         layer, (up, down) = spelled(key, base, names), FACTORS[names]
         alpha = tensors.get(f"{layer}.alpha")
-        scale = 1.0 if alpha is None else float(alpha) / stack.up.shape[1]
-        pairs.append((tensors[f"{layer}.{up}.weight"], stack.up / scale))
-        pairs.append((tensors[f"{layer}.{down}.weight"], stack.down))
+        for_up, for_down = (1.0, 1.0) if alpha is None else _shares(stack.up.shape[1] / float(alpha))
+        pairs.append((tensors[f"{layer}.{up}.weight"], stack.up * for_up))
+        pairs.append((tensors[f"{layer}.{down}.weight"], stack.down * for_down))
     worst = 0.0
     for saved, wanted in pairs:
         error = (saved.float().reshape(wanted.shape) - wanted.float()).abs().max()
