@@ -220,8 +220,8 @@ def test_what_does_not_fit_several_loras_is_refused_in_one_line(cli, several, tm
 
 def test_one_lora_is_too_few(cli, tmp_path, pair_files):
     out = ["--out", tmp_path / "merged.safetensors"]
-    refused(cli, tmp_path, ["zip", *out], "at least 2")
-    refused(cli, tmp_path, ["zip", "--style", pair_files[1], *out], "at least 2")
+    refused(cli, tmp_path, ["zip", *out], "two LoRAs or more")
+    refused(cli, tmp_path, ["zip", "--style", pair_files[1], *out], "two LoRAs or more")
     refused(
         cli, tmp_path, ["zip", "--style", pair_files[1], "--subject-prompt", "x", *out], "--subject-prompt: 1 given"
     )

@@ -136,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     parents = [parent for role in ROLES for parent in _parents(args, role)]
+    if len(parents) < 2:
+        raise BadInput(
+            f"a merge takes two LoRAs or more, but {len(parents)} {'is' if len(parents) == 1 else 'are'} given",
+            remedy="For instance --subject dog.safetensors --style ink.safetensors",
+        )
     fields = {name: getattr(args, name) for name in Recipe.__fields__ if name not in _OWN_FLAGS}
     return parse({**fields, "parents": parents, "output": args.out.name.removesuffix(".safetensors")})
 

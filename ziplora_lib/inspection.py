@@ -97,7 +97,8 @@ def problems(lora: Lora) -> list[str]:
         largest = max(delta.rank for delta in lora.deltas.values())
         said.append(f"ranks above {HUGE_RANK}, up to {largest}, which make the merged file large: {_some(huge)}")
     found, lacking = _alphas(lora)
-    if lacking and not _peft_settings(lora):
+    ours = "ziplora.version" in lora.metadata  # in diffusers' names there is none, and it is the rank
+    if lacking and not ours and not _peft_settings(lora):
         where = "the layers" if not found else f"{lacking} of {found + lacking} layers"
         said.append(f"{where} have no alpha: taken as the rank, which makes them too strong or weak if it was another")
     if lora.base == "unknown":

@@ -211,9 +211,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         callback({"phase": "save", "step": 0, "steps": 1})
         stacks, loss = limit(merged.stacks, recipe.max_rank, recipe.kept_share)
         if loss is not None:
-            warnings.append(
-                f"cutting the rank of {loss.layers} layers lost {loss}; the errors above are those from before the cut"
-            )
+            before = "; the errors are those from before the cut" if "error" in merged.summary else ""
+            warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}{before}")
         saved = _save(recipe, ready, merged, stacks, pairing.vectors)
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
