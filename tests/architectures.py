@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import pytest
 import torch
 
 _CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -42,6 +43,7 @@ ENCODERS = {
 @cache
 def layers(base: str) -> dict[tuple[str, str], str]:
     """Every layer with weights of its own: (part, name in the module) -> its class' name."""
+    pytest.importorskip("diffusers")
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -125,13 +125,13 @@ def test_a_norm_without_parameters_of_its_own():
 
 def test_half_precision_keeps_its_dtype():
     module, x = case("group norm, pictures")
-    vectors, half = vectors_of(module, True), copy.deepcopy(module).half()
+    vectors, half = vectors_of(module, True), copy.deepcopy(module).bfloat16()
     with attach({"layer": Slot(half)}, {}, {"layer": vectors}) as router:
         router.alone(0, 1, None)
-        given = half(x.half())
-    assert given.dtype == torch.float16
+        given = half(x.bfloat16())
+    assert given.dtype == torch.bfloat16
     wanted = [changed(module, route, vectors)(x)[i] for i, route in enumerate([(1, 0), (0, 1), (0, 0)])]
-    torch.testing.assert_close(given.float(), torch.stack(wanted), rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(given.float(), torch.stack(wanted), rtol=2e-2, atol=3e-2)
 
 
 # --- the vectors of several LoRAs --------------------------------------------------------------------------
