@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ziplora_lib.lora.delta import LowRankDelta
-from ziplora_lib.lora.limit import limit
+from ziplora_lib.lora.limit import Loss, limit
 from ziplora_lib.lora.stack import Stack
 
 SHAPES = {"linear": (12, 20), "wide": (6, 30), "conv": (8, 5, 3, 3)}
@@ -167,3 +167,10 @@ def test_the_same_cut_twice_is_the_same():
     for key in first:
         assert torch.equal(first[key].up, second[key].up)
         assert torch.equal(first[key].down, second[key].down)
+
+
+def test_a_layer_that_is_next_to_zero_is_not_the_one_that_lost_most():
+    """Two halves that cancel leave nothing of which a share could be told."""
+    loss = Loss.of({"usual": 0.02, "cancelling": 37.0}, {"usual": 5.0, "cancelling": 1e-9})
+    assert (loss.worst_key, loss.worst, loss.layers) == ("usual", 0.02, 2)
+    assert loss.share == pytest.approx(0.02, rel=1e-6)

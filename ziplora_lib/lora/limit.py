@@ -12,6 +12,10 @@ from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.stack import Stack
 
 
+# a layer's part of all layers' ‖ΔW‖² below which it does not count as the one that lost most
+NEGLIGIBLE = 1e-6
+
+
 @dataclass(frozen=True)
 class Loss:
     """What of ‖ΔW‖² was lost, as shares: over all layers, and in the layer that lost most."""
@@ -23,9 +27,10 @@ class Loss:
 
     @classmethod
     def of(cls, lost: Mapping[str, float], energies: Mapping[str, float]) -> Loss:
-        """lost: the share that each layer lost; energies: its ‖ΔW‖²."""
+        """lost: the share that each layer lost; energies: its ‖ΔW‖². Of a layer that is next to zero no share means anything."""
         total = sum(energies[key] for key in lost)
-        worst = max(lost, key=lambda key: lost[key])
+        telling = [key for key in lost if energies[key] > NEGLIGIBLE * total] or list(lost)
+        worst = max(telling, key=lambda key: lost[key])
         share = sum(lost[key] * energies[key] for key in lost) / max(total, 1e-38)
         return cls(share, lost[worst], worst, len(lost))
 
