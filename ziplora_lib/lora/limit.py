@@ -11,7 +11,6 @@ from torch import Tensor
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.stack import Stack
 
-
 # a layer's part of all layers' ‖ΔW‖² below which it does not count as the one that lost most
 NEGLIGIBLE = 1e-6
 
@@ -27,7 +26,7 @@ class Loss:
 
     @classmethod
     def of(cls, lost: Mapping[str, float], energies: Mapping[str, float]) -> Loss:
-        """lost: the share that each layer lost; energies: its ‖ΔW‖². Of a layer that is next to zero no share means anything."""
+        """lost: the share that each layer lost; energies: its ‖ΔW‖². The share of a layer next to zero means nothing."""
         total = sum(energies[key] for key in lost)
         telling = [key for key in lost if energies[key] > NEGLIGIBLE * total] or list(lost)
         worst = max(telling, key=lambda key: lost[key])
