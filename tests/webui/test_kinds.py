@@ -254,3 +254,29 @@ def test_a_kind_that_the_webui_cannot_apply_is_refused_before_any_work(webui, ze
     answer = webui.post("/ziplora/v1/preflight", json={"parents": parents, "output": "x", "resolution": 256})
     assert answer.status_code == 422
     assert "none of its layers (GLoRA) can be applied" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("webui", [["--medvram"]], indirect=True)
+def test_with_medvram_what_needs_the_model_is_worked_out_and_encoders_are_not_learned(webui, zero, lycoris_network):
+    for name in ("dora", "oft"):
+        write_kind(webui.lora_dir / f"kind-{name}.safetensors", lycoris_network, name)
+    webui.post("/sdapi/v1/refresh-loras")
+    parents = [
+        {"lora": "kind-dora", "role": "subject", "prompt": "a photo of sks dog"},
+        {"lora": "kind-oft", "role": "style", "prompt": "a house in szn style"},
+    ]
+    body = {
+        "parents": parents,
+        **dict(output="moved", steps=2, samples=4, pictures=1, dtype="fp32", dense_rank=0, overwrite=True),
+        **dict(resolution=256, balance_points=1, sampler_steps=PICTURE["steps"], guidance=PICTURE["cfg_scale"]),
+    }
+    answer = webui.post("/ziplora/v1/preflight", json={**body, "text_encoders": "learn"})
+    assert answer.status_code == 422
+    assert "--medvram" in answer.json()["error"]
+    state = merge(webui, body)
+    assert state["state"] == "done", state.get("error")
+    assert not any("cannot be applied" in warning for warning in state["result"]["warnings"])
+    prompt = ", ".join(parent["prompt"] for parent in parents)
+    preview = np.asarray(Image.open(webui.lora_dir / "moved.png").convert("RGB")).astype(int)
+    assert np.abs(preview - webui.txt2img(f"{prompt} <lora:moved:1>", seed=0, **PICTURE)).max() <= 2
+    assert np.abs(preview - webui.txt2img(prompt, seed=0, **PICTURE)).max() > 20
