@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ziplora_lib.lora.reader import read
+
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 pytest.importorskip("diffusers")
@@ -69,7 +71,6 @@ def test_three_parents_are_checked_and_merged(client, body):
     ids=str,
 )
 def test_bake(client, host, merged, fields, wanted):
-    from ziplora_lib.lora.reader import read
 
     answer = client.post("/ziplora/v1/bake", json={"lora": merged, "output": "baked", **fields})
     assert answer.status_code == 200, answer.text
@@ -84,7 +85,6 @@ def test_bake(client, host, merged, fields, wanted):
     ("fields", "word"),
     [
         ({}, "one of balance"),
-        ({"subject": 1}, "one of balance"),
         ({"balance": 0, "strengths": [1, 1, 1]}, "one of balance"),
         ({"balance": 0, "subject": 1, "style": 1}, "one of balance"),
         ({"strengths": [1, 1, 1], "style": 1}, "one of balance"),
@@ -143,3 +143,24 @@ def test_what_cannot_be_split(client, host, merged, fields, word):
 def test_bodies_that_are_no_objects(client, route):
     for body in ([], "x", 3, None):
         assert client.post(f"/ziplora/v1/{route}", json=body).status_code == 422
+
+
+def test_a_bake_can_name_one_role_alone(client, host, merged):
+    before = json.loads(read(host.open(merged).path).metadata["ziplora.parents"])
+    answer = client.post("/ziplora/v1/bake", json={"lora": merged, "output": "softer", "style": 0.5})
+    assert answer.status_code == 200, answer.text
+    wanted = [0.5 if parent["role"] == "style" else 1.0 for parent in before]
+    assert json.loads(read(host.destination("softer")).metadata["ziplora.strengths"]) == wanted
+
+
+@pytest.mark.parametrize("fields", [{"balance": 10**400}, {"strengths": [True, 1, 1]}, {"subject": 10**400}], ids=str)
+def test_numbers_that_are_none_are_refused(client, merged, fields):
+    answer = client.post("/ziplora/v1/bake", json={"lora": merged, "output": "odd", **fields})
+    assert answer.status_code == 422, answer.text
+
+
+@pytest.mark.parametrize("field", ["lr", "lam", "steps"])
+def test_a_setting_beyond_all_numbers_is_refused(client, field):
+    parents = [{"lora": "a", "role": "subject", "prompt": "x"}, {"lora": "b", "role": "style", "prompt": "y"}]
+    answer = client.post("/ziplora/v1/preflight", json={"parents": parents, "output": "m", field: 10**400})
+    assert answer.status_code == 422, answer.text

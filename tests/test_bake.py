@@ -116,7 +116,7 @@ def test_a_half_says_what_it_is(tmp_path):
         lambda: bake(outs[0], tmp_path / "x.safetensors", [1]),
         lambda: split(outs[0], [tmp_path / "x.safetensors"]),
     ):
-        with pytest.raises(BadInput, match="not made by ZipLoRA"):
+        with pytest.raises(BadInput, match="is one half of a merge"):
             command()  # fmt: skip
 
 

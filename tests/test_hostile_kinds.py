@@ -175,3 +175,42 @@ def test_a_dora_of_another_width_is_refused_before_any_work(host, recipe_of, tmp
     with pytest.raises(BadInput, match="made for a layer of 9 x 9") as caught:
         run(recipe_of(subject=tmp_path / "wide.safetensors"), host)
     assert caught.value.key == LAYER
+
+
+@pytest.mark.parametrize("names", ["diffusers", "peft"])
+def test_nothing_but_norms_cannot_be_saved_in_names_that_have_no_place_for_them(host, recipe_of, tmp_path, names):
+    parents = [norm_only(tmp_path / "one.safetensors", 0.25, 0.5), norm_only(tmp_path / "two.safetensors", 0.0, 0.125)]
+    with pytest.raises(BadInput, match="norms and biases alone"):
+        run(recipe_of(subject=parents[0], style=parents[1], layer_names=names, method="direct"), host)
+    assert not host.destination("merged").exists()
+
+
+def test_a_card_that_cannot_be_written_costs_no_merge(host, recipe_of, monkeypatch):
+    from ziplora_lib.lora import writer
+
+    real = writer.write_beside
+
+    def full(path, ending, data):
+        if ending == ".json":
+            raise OSError(28, "No space left on device")
+        real(path, ending, data)
+
+    monkeypatch.setattr(writer, "write_beside", full)
+    result = run(recipe_of(method="direct"), host)
+    assert read(host.destination("merged")).deltas
+    assert any("its card could not be written (No space left on device)" in warning for warning in result.warnings)
+
+
+def test_equal_norms_are_kept_in_the_file_and_not_warned_of(host, recipe_of, pair_files):
+    result = run(recipe_of(method="direct", equal_norms=True, dtype="fp32"), host)
+    assert not any("times as strong" in warning for warning in result.warnings)
+    kept = json.loads(read(host.destination("merged")).metadata["ziplora.recipe"])["parents"]
+    norms = [read(path).norm() * parent["strength"] for path, parent in zip(pair_files, kept)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_stop_between_pictures_is_told(host, recipe_of):
+    result = run(recipe_of(method="direct", balance_points=3), host, lambda info: info["phase"] == "preview")
+    assert not result.pictures
+    assert any("interrupted" in warning for warning in result.warnings)
+    assert host.destination("merged").exists()

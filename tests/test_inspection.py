@@ -384,7 +384,7 @@ def test_a_merge_beside_its_parents_shows_what_is_left_of_their_overlap(host, ca
     assert merge["weighted_overlap"]["all"] == pytest.approx(0.4, rel=1e-3)
     assert merge["weighted_overlap"]["mid"] == pytest.approx(0.4, rel=1e-3)
     text = call("compare", tmp_path / "merged.safetensors", *pair_files)[1]
-    assert "A is a merge of B and C: their overlap in it, 1 as in the plain sum" in text
+    assert "A is a merge of B and C: their overlap in it, 1 as in the sum at strengths of 1" in text
     view, _ = json.loads(call("inspect", "--json", tmp_path / "merged.safetensors", pair_files[0])[1])
     assert view["ziplora"]["recipe"]["method"] == "direct"
     text = call("inspect", tmp_path / "merged.safetensors")[1]

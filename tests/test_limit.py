@@ -174,3 +174,19 @@ def test_a_layer_that_is_next_to_zero_is_not_the_one_that_lost_most():
     loss = Loss.of({"usual": 0.02, "cancelling": 37.0}, {"usual": 5.0, "cancelling": 1e-9})
     assert (loss.worst_key, loss.worst, loss.layers) == ("usual", 0.02, 2)
     assert loss.share == pytest.approx(0.02, rel=1e-6)
+
+
+def test_a_half_with_more_ranks_than_its_layer_is_limited_too():
+    """conv_out has four outputs, and files have it at rank 32 as everything else."""
+    generator = torch.Generator().manual_seed(0)
+    halves = [
+        LowRankDelta(torch.randn(4, 32, generator=generator), torch.randn(32, 8, 3, 3, generator=generator))
+        for _ in "abc"
+    ]
+    stack = Stack.of(halves)
+    for rank, sum_of_ranks in ((16, 12), (12, 12), (7, 7)):
+        smaller, loss = limit({"conv_out": stack}, max_rank=rank)
+        assert sum(smaller["conv_out"].ranks) == sum_of_ranks
+        lost = (stack.total().dense() - smaller["conv_out"].total().dense()).norm() ** 2 / stack.total().norm() ** 2
+        assert loss.share == pytest.approx(float(lost), abs=1e-6)
+    assert limit({"conv_out": stack}, max_rank=96)[1] is None

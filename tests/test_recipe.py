@@ -177,7 +177,7 @@ def test_every_method_and_setting_has_a_place_in_the_recipe():
 def test_the_stored_recipe_has_names_not_paths_and_makes_the_same_merge():
     fields = changed(overwrite=True, checkpointing=False)
     fields["parents"][0].update(lora="/home/me/dog.safetensors", reference=["/home/me/a.png", "/home/me/b.png"])
-    kept = stored(parse(fields), ["dog", "watercolour"])
+    kept = stored(parse(fields), ["dog", "watercolour"], [1.0, 1.0])
     assert "/home" not in json.dumps(kept)
     assert [p["lora"] for p in kept["parents"]] == ["dog", "watercolour"]
     assert [p["reference"] for p in kept["parents"]] == [2, 0]

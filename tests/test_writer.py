@@ -295,3 +295,13 @@ def test_a_failed_card_leaves_the_old_one(tmp_path, path, monkeypatch):
         writer.write_beside(path, ".json", b"new")
     assert (tmp_path / "merged.json").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["merged.json"]
+
+
+def test_pictures_of_what_is_overwritten_do_not_stay(path):
+    write(path)
+    pictures = [path.with_suffix(ending) for ending in (".png", ".balance.png")]
+    for picture in pictures:
+        picture.write_bytes(b"of the old one")
+    write(path, overwrite=True)
+    assert path.exists()
+    assert not any(picture.exists() for picture in pictures)

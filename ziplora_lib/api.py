@@ -96,6 +96,8 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
             return bake_balance(host, wanted["lora"], wanted["output"], weights, wanted.get("overwrite", False))
         except BadInput as error:
             return refused(error)
+        except OSError as error:
+            return JSONResponse({"error": f"could not be written: {error}"}, 500)
 
     @route("POST", "/split")
     def split_halves(body: Any = Body(...)):  # noqa: B008
@@ -104,6 +106,8 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
             return split_merged(host, wanted["lora"], wanted["outputs"], wanted.get("overwrite", False))
         except BadInput as error:
             return refused(error)
+        except OSError as error:
+            return JSONResponse({"error": f"could not be written: {error}"}, 500)
 
     @route("GET", "/jobs/{job}")
     def show(job: str):
@@ -117,16 +121,16 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
 
 
 def bake_request(body: Any) -> dict:
-    """{"lora", "output", "balance" | "subject" and "style" | "strengths", "overwrite"}. Raises BadInput for all else."""
+    """{"lora", "output", "balance" | "subject" and/or "style" | "strengths", "overwrite"}. Raises BadInput for all else."""
     number = (int, float)
     known = {"lora": str, "output": str, "balance": number, "subject": number, "style": number, "strengths": list}
     example = 'For instance {"lora": "dog-ink", "output": "dog-ink-soft", "balance": -0.2}'
     _check_form(body, known, example)
     ways = ["balance" in body, "subject" in body or "style" in body, "strengths" in body]
-    half = ("subject" in body) != ("style" in body)
-    if not body.get("lora") or "output" not in body or sum(ways) != 1 or half:
+    if not body.get("lora") or "output" not in body or sum(ways) != 1:
         raise BadInput("needs lora, output, and one of balance, subject and style, or strengths", remedy=example)
-    if not all(isinstance(strength, number) for strength in body.get("strengths", [])):
+    given = body.get("strengths", [])
+    if not all(isinstance(strength, number) and not isinstance(strength, bool) for strength in given):
         raise BadInput("strengths: must be numbers, one a parent", remedy=example)
     return body
 
@@ -137,7 +141,7 @@ def bake_weights(wanted: dict, merged: Lora) -> list[float]:
         return balance.weights(wanted["balance"], [parent["role"] for parent in origins(merged)])
     if "strengths" in wanted:
         return wanted["strengths"]
-    return strengths(merged, {role: [wanted[role]] for role in ("subject", "style")})
+    return strengths(merged, {role: [wanted[role]] for role in ("subject", "style") if role in wanted})
 
 
 def split_request(body: Any) -> dict:

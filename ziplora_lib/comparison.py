@@ -34,7 +34,7 @@ def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -
 
     rows = []
     with host.session(recipe), host.embeddings(parents.loras):
-        pairing, _ = prepare(recipe, parents, host, lambda _: None)
+        pairing, *_ = prepare(recipe, parents, host, lambda _: None)
         with attach(parents.slots, pairing.stacks, pairing.vectors) as router:
             each_alone = [partial(router.alone, i) for i in range(len(recipe.parents))]
             for choose in (router.bare, *each_alone, router.merged):

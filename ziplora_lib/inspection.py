@@ -423,8 +423,8 @@ def compared_text(view: Mapping) -> str:
         kept = merge["weighted_overlap"]
         rows = [[block, f"{value:.3f}"] for block, value in kept.items()]
         sections.append(
-            f"{merge['of']} is a merge of {' and '.join(merge['from'])}: their overlap in it, 1 as in the plain sum\n"
-            + _table(["block", "overlap"], rows)
+            f"{merge['of']} is a merge of {' and '.join(merge['from'])}: their overlap in it, "
+            "1 as in the sum at strengths of 1\n" + _table(["block", "overlap"], rows)
         )
     return "\n\n".join(sections)
 

@@ -111,17 +111,22 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
             "the text encoders cannot be learned while the model's parts are moved to and fro (--medvram)",
             remedy="Set text_encoders to sum, or start the WebUI without --medvram",
         )
-    details = report(loras, recipe.strengths, shapes, learn_text, recipe.whole_or_rank)
+    only_factors = recipe.layer_names != "kohya"
+    if only_factors and not any(lora.layers for lora in loras):
+        raise BadInput(
+            f"with {recipe.layer_names} layer names nothing of these LoRAs can be saved: they change norms and biases alone",
+            remedy="Choose kohya layer names",
+        )
+    details = report(
+        loras, recipe.strengths, shapes, learn_text, recipe.whole_or_rank, recipe.equal_norms, only_factors
+    )
     _, clashing = embedding_tensors(loras)
     details["warnings"] += [f"two LoRAs bring an embedding {name!r}; the first one's is kept" for name in clashing]
-    if recipe.layer_names != "kohya":
+    if only_factors:
         for lora in loras:
             for key in lora.layers:
                 keys.spelled(key, model.base, recipe.layer_names)  # refuses what has no such name
-        details["warnings"].append(
-            f"with {recipe.layer_names} layer names the WebUI cannot read the file, and norms, biases and embeddings have "
-            "no place in it"
-        )
+        details["warnings"].append(f"with {recipe.layer_names} layer names the WebUI cannot read the file")
     for lora in loras:
         details["warnings"] += _left_out(lora, [key for key in host.unapplied(lora) if key in shapes])
     for i, (parent, lora) in enumerate(zip(details["parents"], loras)):
@@ -161,8 +166,8 @@ def _left_out(lora: Lora, unapplied: list[str]) -> list[str]:
     return said
 
 
-def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) -> tuple[Pairing, list[str]]:
-    """The parents as they go into the merge, in the host's session: all layers as factors, at their strengths.
+def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) -> tuple[Pairing, list[float], list[str]]:
+    """The parents as they go into the merge, in the host's session: all layers as factors; at which strengths.
 
     With warnings in words: what that lost, what had to be left out, which strengths were chosen.
     """
@@ -174,9 +179,10 @@ def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) ->
         strengths = [w * f for w, f in zip(strengths, equalising(norms))]
         said = ", ".join(f"{lora.name} {w:.3g}" for lora, w in zip(loras, strengths))
         warnings.append(f"brought to one norm: strengths {said}")
+        warnings += [f"{lora.name} has no norm that could be evened out" for lora, n in zip(loras, norms) if n == 0]
     elif any(lora.dense for lora in ready.loras):
         warnings += norm_warnings(loras, strengths)
-    return pair(loras, strengths, ready.shapes, recipe.text_encoders == "learn"), warnings
+    return pair(loras, strengths, ready.shapes, recipe.text_encoders == "learn"), strengths, warnings
 
 
 def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
@@ -197,7 +203,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
     warnings = list(ready.report["warnings"])
     # the session first: it takes out what the last generation's LoRAs had brought
     with host.session(recipe), host.embeddings(ready.loras):
-        pairing, said = prepare(recipe, ready, host, callback)
+        pairing, strengths, said = prepare(recipe, ready, host, callback)
         warnings += said
         phase_done("open")
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
@@ -210,10 +216,10 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
             )
         callback({"phase": "save", "step": 0, "steps": 1})
         stacks, loss = limit(merged.stacks, recipe.max_rank, recipe.kept_share)
-        if loss is not None:
+        if loss is not None and loss.worst > 1e-5:
             before = "; the errors are those from before the cut" if "error" in merged.summary else ""
             warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}{before}")
-        saved = _save(recipe, ready, merged, stacks, pairing.vectors)
+        saved = _save(recipe, ready, merged, stacks, pairing.vectors, strengths, warnings)
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
         phase_done("save")
@@ -260,7 +266,13 @@ def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callbac
 
 
 def _save(
-    recipe: Recipe, ready: Preflight, merged: Merged, stacks: dict[str, Stack], vectors: dict[str, Vectors]
+    recipe: Recipe,
+    ready: Preflight,
+    merged: Merged,
+    stacks: dict[str, Stack],
+    vectors: dict[str, Vectors],
+    strengths: Sequence[float],
+    warnings: list[str],
 ) -> dict:
     parents = [f"{p.role}: {p.lora} (prompt: {p.prompt})" for p in recipe.parents]
     notes = "Merged by ZipLoRA from " + ", ".join(parents) + ". Recipe in the file's metadata (ziplora.recipe)."
@@ -269,7 +281,7 @@ def _save(
         ready.destination.stem,
         ready.loras,
         {key: stack.ranks for key, stack in stacks.items()},
-        stored(recipe, [lora.name for lora in ready.loras]),
+        stored(recipe, [lora.name for lora in ready.loras], strengths),
         merged.summary,
         model["base"],
         model["prediction"],
@@ -281,10 +293,12 @@ def _save(
         extra |= embedding_tensors(ready.loras)[0]
     names = {"names": recipe.layer_names, "base": model["base"]}
     saved = writer.write(ready.destination, stacks, recipe.dtype, metadata, recipe.overwrite, extra=extra, **names)
-    ready.destination.with_suffix(".png").unlink(missing_ok=True)  # the preview of what was overwritten
     words = ", ".join(dict.fromkeys(w for w, _ in map(trigger_words, ready.loras) if w))
-    card = writer.card(words or recipe.picture_prompt, notes, base=model["base"])
-    writer.write_beside(ready.destination, ".json", card)
+    card = writer.card(words or recipe.parents_prompt, notes, base=model["base"])
+    try:
+        writer.write_beside(ready.destination, ".json", card)
+    except OSError as error:  # the LoRA itself is there, whole
+        warnings.append(f"the LoRA is saved, but its card could not be written ({error.strerror})")
     return saved
 
 
@@ -297,7 +311,7 @@ def _pictures(
         # the middle first: it is the preview
         for k, point in enumerate(sorted(balance.points(recipe.balance_points), key=abs)):
             if callback({"phase": "preview", "step": k, "steps": recipe.balance_points}):
-                break
+                raise Stopped
             router.merged(weights=balance.weights(point, [p.role for p in recipe.parents]))
             latent = host.sample(
                 recipe.picture_prompt, recipe.seed, recipe.resolution, recipe.sampler_steps, recipe.guidance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Literal, Optional
 
@@ -176,13 +177,20 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     @property
     def picture_prompt(self) -> str:
         """The prompt of preview pictures."""
-        return self.preview_prompt or ", ".join(p.prompt for p in self.parents if p.prompt)
+        return self.preview_prompt or self.parents_prompt
+
+    @property
+    def parents_prompt(self) -> str:
+        """The prompts of all parents together."""
+        return ", ".join(p.prompt for p in self.parents if p.prompt)
 
 
 def parse(fields: dict) -> Recipe:
     """A Recipe from plain data. Raises BadInput that names the first wrong field; unknown fields are refused."""
     try:
         return Recipe.parse_obj(fields)
+    except OverflowError as error:
+        raise BadInput("a number in it is beyond all bounds", remedy="Use numbers that fit their fields") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "__root__")
@@ -198,11 +206,14 @@ def schema() -> dict:
     return Recipe.schema()
 
 
-def stored(recipe: Recipe, names: list[str]) -> dict:
-    """The recipe as a merged file keeps it: parents by name, no path of this machine, what does not decide left out."""
+def stored(recipe: Recipe, names: Sequence[str], strengths: Sequence[float]) -> dict:
+    """The recipe as a merged file keeps it: parents by name, no path of this machine, what does not decide left out.
+
+    strengths: those that were used, which equal norms can make others than the recipe's.
+    """
     fields = json.loads(recipe.json())
-    for parent, name in zip(fields["parents"], names):
-        parent["lora"] = name
+    for parent, name, strength in zip(fields["parents"], names, strengths):
+        parent["lora"], parent["strength"] = name, float(f"{strength:.6g}")
         parent["reference"] = len(parent["reference"])
     for field in ("overwrite", "allow_same", "checkpointing"):
         fields.pop(field)

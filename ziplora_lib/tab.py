@@ -65,6 +65,18 @@ TYPED = {"seed", "lr", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
 NOT_GIVEN = dict.fromkeys(("lam", "start"), "the objective's own")
+# what changes what Check says
+CHECKED = (
+    "method",
+    "objective",
+    "overwrite",
+    "allow_same",
+    "dtype",
+    "text_encoders",
+    "equal_norms",
+    "dense_rank",
+    "layer_names",
+)
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
 
@@ -184,8 +196,8 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
             side = balance.side(value, roles, names)
             output = output.strip() or f"{name}-{side}{abs(value):.0%}".replace("%", "")
             done = bake_balance(host, name, output, balance.weights(value, roles))
-        except BadInput as error:
-            return *[gr.update() for _ in pickers], _error(str(error))
+        except (BadInput, OSError) as error:
+            return *[gr.update() for _ in pickers], _error(str(error), "Not saved")
         return *listed(), _line(f"Saved: {done['tag']} ({_size(done['bytes'])})")
 
     def stop(job_id: str):
@@ -343,7 +355,7 @@ def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict
             refreshes[role].click(rescan, None, picked, **quiet)
             prompts[role].blur(check, inputs, checked, **quiet)
         name.blur(check, inputs, checked, **quiet)
-        for field in ("method", "objective", "overwrite", "allow_same", "dtype"):
+        for field in CHECKED:
             fields[field].change(check, inputs, checked, **quiet)
         check_button.click(check, inputs, checked)
         both = [*picked, *prompts.values(), *strengths.values(), *files.values(), *notes.values(), name, filled]

@@ -47,6 +47,12 @@ def _recorded(lora: Lora) -> tuple[list[dict[str, str]], dict[str, tuple[int, ..
         if not entries or {len(split) for split in ranks.values()} != {len(entries)}:
             raise ValueError("parents and ranks do not fit")
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        if "ziplora.split_from" in lora.metadata:
+            raise BadInput(
+                "is one half of a merge, and has no halves of its own",
+                file=lora.path.name,
+                remedy="Use it in a prompt at the strength that you like",
+            ) from error
         raise BadInput(
             "was not made by ZipLoRA, so its halves are not known",
             file=lora.path.name,
@@ -225,7 +231,11 @@ def split(source: Path, destinations: Sequence[Path], overwrite: bool = False) -
     for parent, path, (half, own) in zip(parents, destinations, halves):
         rank = max((sum(stack.ranks) for stack in half.values()), default=0)
         metadata = half_metadata(path.stem, lora, parent, rank)
-        written.append(_write(lora, path, half, own, metadata, overwrite))
+        try:
+            written.append(_write(lora, path, half, own, metadata, overwrite))
+        except OSError as error:
+            names = ", ".join(done.name for done in destinations[: len(written)]) or "none"
+            raise OSError(f"{path.name}: {error.strerror or error}; halves that were written: {names}") from error
         notes = f"The half of {parent['name']} in {lora.name}, as ZipLoRA merged it."
         writer.write_beside(path, ".json", writer.card(parent["trigger"], notes, base=lora.base))
     return written

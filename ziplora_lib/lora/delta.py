@@ -59,7 +59,8 @@ class LowRankDelta:
     def norm(self) -> float:
         """‖ΔW‖_F without forming ΔW: sqrt(tr(upᵀup · down downᵀ))."""
         up, down = self.up.float(), self.down.float().flatten(1)
-        return abs(self.scale) * math.sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))
+        inner = (up.T @ up).double() * (down @ down.T).double()  # the product can leave fp32's range
+        return abs(self.scale) * math.sqrt(max(float(inner.sum()), 0.0))
 
     def column_products(self, other: LowRankDelta) -> Tensor:
         """⟨ΔW[:,j], ΔW'[:,j]⟩ for every column j: (columns,), fp32, from the factors alone."""

@@ -64,7 +64,8 @@ def _limited(stack: Stack, max_rank: int | None, keep: float) -> Stack:
     if keep < 1:  # the smallest number of ranks whose squares reach the share
         wanted = int((order.values.cumsum(0) < values.sum() * keep * (1 - 1e-6)).sum()) + 1
     wanted = min(wanted, max_rank or wanted)
-    if wanted >= len(values):
+    # a half can have more ranks than its layer, of which the surplus is nothing
+    if wanted >= len(values) and sum(stack.ranks) <= (max_rank or sum(stack.ranks)):
         return stack
     chosen = torch.zeros(len(values), dtype=torch.bool)
     chosen[order.indices[:wanted].cpu()] = True

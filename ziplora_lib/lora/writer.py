@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -111,6 +112,9 @@ def write(
         _write_synced(part, data)
         _compare(part, tensors, body_hash)
         _rename(part, path, overwrite)
+        for ending in (".png", ".balance.png"):  # pictures of what was overwritten
+            with contextlib.suppress(OSError):
+                path.with_suffix(ending).unlink(missing_ok=True)
     finally:
         part.unlink(missing_ok=True)
     return {

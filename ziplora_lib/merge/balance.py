@@ -5,7 +5,6 @@ Where all have one role, the balance is that of the first LoRA and the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ziplora_lib.errors import BadInput
@@ -17,7 +16,7 @@ def weights(balance: float, roles: Sequence[str]) -> list[float]:
     Straight lines through (1.2, .75), (1, 1) and (.7, 1.15) for (subject, style): along these a pair goes from one to the
     other, at a ratio that differs by pair, without the sum growing. Raises BadInput for a balance that is none.
     """
-    if not (math.isfinite(balance) and -1 <= balance <= 1):
+    if not -1 <= balance <= 1:
         raise BadInput(
             f"the balance {balance} is not between -1 and 1", remedy="-1 is more subject, 0 as learned, 1 more style"
         )

@@ -145,10 +145,13 @@ def report(
     shapes: Mapping[str, tuple[int, ...]],
     learn_text: bool = False,
     dense_rank: int | None = None,
+    equal_norms: bool = False,
+    only_factors: bool = False,
 ) -> dict:
     """What the preflight shows: per parent its kinds, layers, ranks and norm; what is learned; warnings in words.
 
-    dense_rank: the largest rank of what is not low rank by nature; None keeps it whole.
+    dense_rank: the largest rank of what is not low rank by nature; None keeps it whole. equal_norms: the strengths will be
+    evened out. only_factors: the file to come has no place for norms, biases and embeddings.
     """
     warnings = []
     keys = sorted(set().union(*(lora.layers for lora in loras)))
@@ -172,21 +175,30 @@ def report(
                 f"{lora.name}: {len(cut)} layers ({_kinds(lora, cut)}) have no factors of their own; they are brought to "
                 f"rank {dense_rank} or less, and what that loses is said afterwards"
             )
-        if lora.embeddings:
+        if lora.embeddings and not only_factors:
             warnings.append(f"{lora.name} brings embeddings ({', '.join(lora.embeddings)}), which go into the new file")
     text = sum(not is_unet(key) for key in keys)
     if text and not learn_text:
         warnings.append(f"{text} text encoder layers are summed, not learned")
-    if vectors := set().union(*(lora.vectors for lora in loras)):
+    vectors = set().union(*(lora.vectors for lora in loras))
+    embeddings = {name for lora in loras for name in lora.embeddings}
+    if only_factors and (vectors or embeddings):
+        warnings.append(
+            f"{len(vectors)} norms and biases and {len(embeddings)} embeddings have no place in a file with these layer "
+            "names, and are left out"
+        )
+    elif vectors:
         warnings.append(f"{len(vectors)} norms and biases are summed: they have no columns to learn")
     biased = {key for lora in loras for key in lora.vectors if key in have and not _is_norm(lora, key)}
+    biased = set() if only_factors else biased
     if biased:
         warnings.append(f"{len(biased)} layers have a bias and are saved whole, which takes more room")
-    if vectors or any(lora.embeddings for lora in loras):
+    if (vectors or embeddings) and not only_factors:
         warnings.append(
             "the WebUI reads norms, biases and embeddings of a file, but diffusers reads none that has them"
         )
-    warnings += norm_warnings(loras, strengths) if not any(lora.dense for lora in loras) else []
+    if not equal_norms and not any(lora.dense for lora in loras):
+        warnings += norm_warnings(loras, strengths)
     learned = [key for key in keys if key in shapes and (learn_text or is_unet(key))]
     if not any(sum(have[key]) > 1 for key in learned):
         warnings.append("the LoRAs share no UNet layer")
@@ -203,7 +215,7 @@ def report(
                 "matched": len(lora.layers) - sum(key not in shapes for key in lora.layers),
                 "ranks": lora.ranks,
                 "dtype": lora.dtype,
-                "norm": None if lora.dense else lora.norm(),
+                "norm": None if lora.dense or not math.isfinite(lora.norm()) else lora.norm(),
             }
             for lora in loras
         ],
