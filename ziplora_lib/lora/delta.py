@@ -33,7 +33,7 @@ class LowRankDelta:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def dense(self) -> Tensor:
-        """ΔW in fp32, of `shape`. For tests, small layers and inspection; a merge never calls it."""
+        """ΔW in fp32, of `shape`. Learning never needs it; saving does, for a layer that also has a bias."""
         return (self.scale * (self.up.float() @ self.down.float().flatten(1))).reshape(self.shape)
 
     def fitted(self, shape: tuple[int, ...]) -> LowRankDelta:

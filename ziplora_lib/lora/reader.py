@@ -70,6 +70,7 @@ UNREAD_KINDS = {
     ".lokr_t1": "LoKr with two Tucker cores",
 }
 _BUNDLED = "bundle_emb."
+_DAMAGED = "The file is damaged or unfinished: download or save it again"
 
 BASES = {"sdxl": "SDXL", "sd1": "SD 1.5", "sd2": "SD 2.x", "unknown": "unknown"}
 
@@ -124,7 +125,7 @@ def read(path: Path) -> Lora:
     scales = _adapter_scales(path, metadata)
     layers: dict[str, _Layer] = {}
     for layer in grouped.values():
-        key = layer_key(layer.name, base if base in BASES and base != "unknown" else "sdxl")
+        key = layer_key(layer.name, "sdxl" if base == "unknown" else base)
         if key is None:
             raise BadInput(
                 "names a layer of a model that is not Stable Diffusion",
@@ -148,7 +149,7 @@ def read(path: Path) -> Lora:
             reason = f": {error}" if type(error) is ValueError else ""
             raise layer.bad(
                 f"its parts do not fit each other ({shapes}){reason}",
-                "The file is damaged or unfinished: download or save it again",
+                _DAMAGED,
                 path,
             ) from error
         found[kind] += 1
@@ -270,10 +271,7 @@ def _parse(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, s
     for suffix in sorted((s for s in PARTS if name.endswith(s)), key=len, reverse=True):
         if suffix in _ONLY_WITH and name.removesuffix(suffix) + _ONLY_WITH[suffix] not in tensors:
             continue
-        layer = name[: -len(suffix)]
-        if suffix.startswith("_lora."):
-            layer = layer.replace(".processor.", ".") + (".0" if layer.endswith("to_out") else "")
-        return layer, PARTS[suffix]
+        return name[: -len(suffix)], PARTS[suffix]
     if kind := next((kind for mark, kind in UNREAD_KINDS.items() if mark in name), None):
         raise BadInput(f"{kind}, not supported", file=path.name, key=name, remedy="Pick a LoRA of another kind")
     raise BadInput(
@@ -288,11 +286,10 @@ def _read_layer(
     path: Path, layer: _Layer, adapter_scale: Callable[[str, int | None], float | None]
 ) -> tuple[str, LowRankDelta | DenseLayer | None, Vectors | None]:
     """A layer's kind, what it does to the weight, and to the norm or bias."""
-    damaged = "The file is damaged or unfinished: download or save it again"
     parts = dict(layer.parts)
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and part not in ("alpha", "on_input"):
-            raise layer.bad(f"holds {tensor.dtype}, not floating point numbers", damaged, path, part)
+            raise layer.bad(f"holds {tensor.dtype}, not floating point numbers", _DAMAGED, path, part)
         if not torch.isfinite(tensor.float()).all():
             raise layer.bad(
                 "has values that are not finite (NaN or infinity)",
@@ -301,9 +298,9 @@ def _read_layer(
                 part,
             )
         if tensor.numel() == 0:
-            raise layer.bad("has no values (rank or width 0)", damaged, path, part)
+            raise layer.bad("has no values (rank or width 0)", _DAMAGED, path, part)
         if part in ("alpha", "scale", "on_input") and tensor.numel() != 1:
-            raise layer.bad(f"{part} must be one number, but has shape {list(tensor.shape)}", damaged, path, part)
+            raise layer.bad(f"{part} must be one number, but has shape {list(tensor.shape)}", _DAMAGED, path, part)
     if "ziplora_up" in parts or "ziplora_bias" in parts or "ziplora_weight" in parts:
         return _own_layer(path, layer)
     if "lora_magnitude_vector" in parts:  # PEFT's name; one norm an output
@@ -313,9 +310,11 @@ def _read_layer(
         parts = {names.get(part, part): tensor for part, tensor in parts.items()}
     kind = kinds.kind_of(parts)
     if kind is None:
-        raise layer.bad(f"has {', '.join(parts)}, but nothing of a LoRA", damaged, path)
+        raise layer.bad(f"has {', '.join(parts)}, but nothing of a LoRA", _DAMAGED, path)
     if lacking := kinds.missing(kind, parts):
-        raise layer.bad(f"the layer has no {lacking.removesuffix('.weight').removeprefix('lora_')} part", damaged, path)
+        raise layer.bad(
+            f"the layer has no {lacking.removesuffix('.weight').removeprefix('lora_')} part", _DAMAGED, path
+        )
     if kind.removeprefix("DoRA of ") == "LoRA":
         _check_lora(path, layer)
     if "scale" not in parts and "alpha" not in parts and (scale := _outside_scale(layer, adapter_scale)) is not None:
@@ -351,19 +350,18 @@ def _kind_name(kind: str, parts: Mapping[str, Tensor]) -> str:
 
 def _check_lora(path: Path, layer: _Layer) -> None:
     """Refuses up and down factors that are none, with both shapes."""
-    damaged = "The file is damaged or unfinished: download or save it again"
     up, down = layer.parts["lora_up.weight"], layer.parts["lora_down.weight"]
     if up.ndim not in (2, 4) or down.ndim not in (2, 4) or up.shape[2:].numel() != 1:
         raise layer.bad(
             f"factors of shape {list(up.shape)} and {list(down.shape)} are not those of a LoRA",
-            damaged,
+            _DAMAGED,
             path,
             "lora_down.weight",
         )
     if "lora_mid.weight" not in layer.parts and up.shape[1] != down.shape[0]:
         raise layer.bad(
             f"its factors do not fit: up has rank {up.shape[1]}, down has rank {down.shape[0]}",
-            damaged,
+            _DAMAGED,
             path,
             "lora_down.weight",
         )
@@ -480,7 +478,7 @@ _NOT_SDXL = (
     "lora_unet_output_blocks_11_",
 )
 # an encoder without a number is the only one; and the widths of SD 1.x's and SD 2.x's
-_ONE_ENCODER = ("lora_te_", "oft_te_", "lycoris_te_")
+_ONE_ENCODER = ("lora_te_", "oft_te_", "lycoris_text_model_")
 _ENCODER_WIDTH = {768: "sd1", 1024: "sd2"}
 # how ss_base_model_version begins
 VERSIONS = {"sdxl": "sdxl", "sd1": "sd_v1", "sd2": "sd_v2"}
@@ -506,12 +504,14 @@ def _base(layers: Mapping[str, _Layer], metadata: dict[str, str]) -> str:
 
 
 def _columns(layer: _Layer) -> int | None:
-    """How many inputs the layer has, as far as its parts tell."""
-    parts = layer.parts
-    for part in ("lora_down.weight", "ziplora_down", "diff", "hada_w1_b"):
-        if part in parts and parts[part].ndim >= 2:
-            return parts[part].shape[1]
-    halves = [next((parts[p] for p in (f"lokr_w{n}", f"lokr_w{n}_b") if p in parts), None) for n in (1, 2)]
-    if all(half is not None and half.ndim >= 2 for half in halves):
-        return halves[0].shape[1] * halves[1].shape[1]
-    return None
+    """How many columns the layer has, as far as its parts tell."""
+    if "ziplora_down" in layer.parts:
+        return layer.parts["ziplora_down"].shape[1:].numel()
+    kind = kinds.kind_of(layer.parts)
+    if kind is None or kinds.missing(kind, layer.parts):
+        return None
+    try:
+        found = kinds.extent(kind, layer.parts)
+    except IndexError:  # refused when the layer is read
+        return None
+    return None if found is None else found[1]
