@@ -76,4 +76,4 @@ def test_layers_that_the_model_lacks_are_kept_and_told(host, pair_files, recipe_
     for name, delta in dense_deltas(odd).items():
         if name in stranger:
             torch.testing.assert_close(merged[name], delta, rtol=1e-5, atol=1e-7)
-    assert any("odd: 2 layers (" in warning and "not in this model" in warning for warning in result.warnings)
+    assert any("odd has 2 layers (" in warning and "this model does not have" in warning for warning in result.warnings)

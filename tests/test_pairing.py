@@ -167,8 +167,8 @@ def test_the_report_counts_what_the_model_has_yet_to_work_out():
 
 def test_the_report_warns_of_all_that_is_not_learned():
     warnings = " | ".join(reported(lora("dog", SUBJECT), lora("ink", STYLE, base="unknown"))["warnings"])
-    assert "dog: 1 layers" in warnings
-    assert "are not in this model; the rest is kept in the file but not learned" in warnings
+    assert "dog has 1 layer (" in warnings
+    assert "that this model does not have; the rest is kept in the file but not learned" in warnings
     assert MISSING in warnings
     assert "2 UNet layers are in dog alone" in warnings
     assert "1 UNet layers are in ink alone" in warnings

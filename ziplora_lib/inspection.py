@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora import bake
-from ziplora_lib.lora.keys import is_unet
+from ziplora_lib.lora.keys import is_unet, listed
 from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.lora.reader import BASES, VERSIONS, Lora
 from ziplora_lib.merge import analysis
@@ -91,11 +91,11 @@ def problems(lora: Lora) -> list[str]:
     if zero := [key for key, delta in lora.deltas.items() if delta.norm() == 0]:
         all_ = len(zero) == len(lora.layers) and not lora.vectors
         said.append(
-            "changes nothing: all its values are zero" if all_ else f"all zero, as if never trained: {_some(zero)}"
+            "changes nothing: all its values are zero" if all_ else f"all zero, as if never trained: {listed(zero)}"
         )
     if huge := [key for key, delta in lora.deltas.items() if delta.rank > HUGE_RANK]:
         largest = max(delta.rank for delta in lora.deltas.values())
-        said.append(f"ranks above {HUGE_RANK}, up to {largest}, which make the merged file large: {_some(huge)}")
+        said.append(f"ranks above {HUGE_RANK}, up to {largest}, which make the merged file large: {listed(huge)}")
     found, lacking = _alphas(lora)
     ours = "ziplora.version" in lora.metadata  # in diffusers' names there is none, and it is the rank
     if lacking and not ours and not _peft_settings(lora):
@@ -119,14 +119,14 @@ def _text_problems(lora: Lora) -> list[str]:
         if start and (match := re.fullmatch(rf"({start}.+_self_attn)_(q|k|v|out)_proj", key)):
             attention[match[1]].add(match[2])
     if partly := sorted(layer for layer, found in attention.items() if len(found) < 4):
-        said.append(f"some of q, k, v and out, but the WebUI applies the four together or none: {_some(partly)}")
+        said.append(f"some of q, k, v and out, but the WebUI applies the four together or none: {listed(partly)}")
     skipped = [
         key
         for key in (*lora.layers, *sorted(lora.vectors.keys() - set(lora.layers)))
         if _TEXT_SKIPPED.match(key) or (start and key.startswith(start) and not _OPEN_CLIP_KNOWN.match(key))
     ]
     if skipped:
-        said.append(f"skipped by the WebUI and some other loaders: {_some(skipped)}")
+        said.append(f"skipped by the WebUI and some other loaders: {listed(skipped)}")
     return said
 
 
@@ -513,10 +513,6 @@ def _span(ranks: Sequence[int]) -> str:
     if not ranks:
         return "-"
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return f"{len(keys)} layer{'s' * (len(keys) > 1)} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
 
 
 def _brief(value: float) -> float:

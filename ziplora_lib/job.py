@@ -146,12 +146,10 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
 def _left_out(lora: Lora, unapplied: list[str]) -> list[str]:
     """What is to be said of layers that the host does not apply. Raises BadInput if that is all that the LoRA has."""
     said = []
-    kept = [key for key in unapplied if key not in lora.dense]
-    if kept:
-        first = ", ".join(kept[:3]) + (" …" if len(kept) > 3 else "")
+    if kept := [key for key in unapplied if key not in lora.dense]:
         said.append(
-            f"{lora.name}: {len(kept)} layers or biases are left out when it is prompted with by itself, but the merge has "
-            f"them: {first}"
+            f"{lora.name}: left out, or their biases, when it is prompted with by itself, but not in the merge: "
+            f"{keys.listed(kept)}"
         )
     if lost := [key for key in unapplied if key in lora.dense]:
         kinds = ", ".join(dict.fromkeys(lora.dense[key].kind for key in lost))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora.delta import DenseDelta
+from ziplora_lib.lora.keys import listed
 from ziplora_lib.lora.limit import Loss
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge.method import Callback
@@ -30,8 +31,7 @@ class Opened:
                 "loses less; 0 loses nothing"
             )
         if self.left_out:
-            first = ", ".join(self.left_out[:3]) + (" …" if len(self.left_out) > 3 else "")
-            said.append(f"{self.lora.name}: {len(self.left_out)} layers cannot be applied to this model: {first}")
+            said.append(f"{self.lora.name} has {listed(self.left_out)} that cannot be applied to this model")
         return said
 
 

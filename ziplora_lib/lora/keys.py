@@ -9,7 +9,7 @@ The block numbers follow from two resnets a block (three on the way up), see sgm
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from ziplora_lib.errors import BadInput
@@ -158,6 +158,11 @@ def _renamed(name: str, rules: Rules) -> str | None:
 
 def is_unet(key: str) -> bool:
     return key.startswith("lora_unet_")
+
+
+def listed(keys: Sequence[str]) -> str:
+    """How many layers, and the first of them by name, for a message."""
+    return f"{len(keys)} layer{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
 
 
 # The spellings that a file can be saved in.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.delta import LowRankDelta
-from ziplora_lib.lora.keys import is_unet
+from ziplora_lib.lora.keys import is_unet, listed
 from ziplora_lib.lora.reader import BASES, Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
@@ -161,7 +161,7 @@ def report(
             # a bias has its place beside a weight
             lost = [key for key in missing if key not in lora.deltas and not _is_norm(lora, key)]
             warnings.append(
-                f"{lora.name}: {_some(missing)} are not in this model"
+                f"{lora.name} has {listed(missing)} that this model does not have"
                 + (f"; {len(lost)} of them cannot be kept, since what they do depends on the model" if lost else "")
                 + ("; the rest is kept in the file but not learned" if len(lost) < len(missing) else "")
             )
@@ -228,10 +228,6 @@ def report(
         + sum(math.prod(shapes[key]) for key in biased if key in shapes),
         "warnings": warnings,
     }
-
-
-def _some(keys: Sequence[str]) -> str:
-    return f"{len(keys)} layers ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
 
 
 def _kinds(lora: Lora, keys: Sequence[str]) -> str:
