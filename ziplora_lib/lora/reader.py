@@ -80,7 +80,8 @@ class Lora:
     """A LoRA as read, by layer key, what its metadata says, and where it came from.
 
     deltas: ΔW of the layers that are low rank by nature; dense: those that the host has to work out; vectors: what it adds
-    to norms and biases, in one row; embeddings: bundled textual inversions, by name; kinds: how many layers of each.
+    to norms and biases, in one row (a merge: one a parent); embeddings: bundled textual inversions, by name; kinds: how many
+    layers of each.
     """
 
     name: str
