@@ -1,6 +1,7 @@
 """Deltas on live modules: the same outputs as dense ΔW added to the weights, a route per sample, and no trace after."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_every_way_to_route_equals_dense_weights(name, ranks):
         equal(module(x), with_dense(plain, dense_of(stack, (1, 1)))(x))
         router.merged(weights=[0.7, 1.15])
         equal(module(x), with_dense(plain, dense_of(stack, torch.tensor([0.7, 1.15]).double()))(x))
-        router.merged({"layer": m})
+        router.merged({"layer": lambda stack: stack.folded_down(m)})
         equal(module(x), with_dense(plain, dense_of(stack, (1, 1), m))(x))
         for i, strengths in enumerate([(1, 0), (0, 1)]):
             router.alone(i)
@@ -159,7 +160,7 @@ def test_attention_equals_dense_weights(batch_first, bias, mask, heads):
         equal(given(), wanted((0, 0)))
         router.merged()
         equal(given(), wanted((1, 1)))
-        router.merged(m)
+        router.merged({head: partial(Stack.folded_down, m=values) for head, values in m.items()})
         equal(given(), wanted((1, 1), m))
         router.alone(1, 0, None, 1)
         output = given() if batch_first else given().transpose(0, 1)
@@ -330,7 +331,7 @@ def test_a_dense_delta_is_never_formed():
         stack = Stack.of(parents)
         m = torch.full((2, width), 0.5, requires_grad=True)
         with attach({"layer": Slot(layer)}, {"layer": stack}) as router:
-            router.merged({"layer": m})
+            router.merged({"layer": lambda stack: stack.folded_down(m)})
             layer(x).square().sum().backward()
             router.alone(0, 1)
             layer(x)

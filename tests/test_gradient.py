@@ -127,8 +127,8 @@ class World:
         settings.setdefault("start", objective.start)
         with attach(self.slots, self.pairing.stacks) as router:
 
-            def predict(samples, coefficients):
-                router.merged(coefficients)
+            def predict(samples, downs):
+                router.merged(downs)
                 return self.model(torch.cat([s.x for s in samples]))
 
             calibration = Calibration(self.samples, self.samples, predict)

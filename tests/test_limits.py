@@ -1,6 +1,7 @@
 """Invariant 2 on model outputs: m = 1 is the plain sum, (1, 0) the subject alone, (0, 1) the style alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from loras import dense_deltas
 from ziplora_lib.job import run
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.reader import read
+from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge.attach import attach
 from ziplora_lib.merge.pairing import pair
 
@@ -55,7 +57,10 @@ def close(a, b):
 
 def constant(pairing, m_c, m_s):
     """Coefficients on every layer, not only the learned ones: Eq. 2's limits hold everywhere."""
-    return {key: torch.tensor([[m_c], [m_s]]).expand(2, stack.columns) for key, stack in pairing.stacks.items()}
+    return {
+        key: partial(Stack.folded_down, m=torch.tensor([[m_c], [m_s]]).expand(2, stack.columns))
+        for key, stack in pairing.stacks.items()
+    }
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.6, 1.4), (0.0, 0.0)])

@@ -108,7 +108,7 @@ def test_a_prompt_is_read_with_the_coefficients_and_differentiably(host, text_pa
     with attach(slots, pairing.stacks) as router:
 
         def measure(values, gradients=False):
-            router.merged({key: values})
+            router.merged({key: lambda stack: stack.folded_down(values)})
             states, pooled, _ = host.encode("a photo of sks cat", 64, gradients=gradients)
             return states.square().mean() + pooled.square().mean()
 

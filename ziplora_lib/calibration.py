@@ -147,6 +147,6 @@ def _predicted(
     predictions = predictions.float().cpu()
     pairs = predictions.split(1)
     return [
-        Sample(i, x[k], row[k][2], read[k].text, read[k].merged, target=pairs[2 * k], bare=pairs[2 * k + 1])
+        Sample(i, x[k], row[k][2], read[k].text, read[k].merged, pairs[2 * k], pairs[2 * k + 1], read[k].alone)
         for k, i in enumerate(parents)
     ]

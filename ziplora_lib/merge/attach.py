@@ -6,8 +6,8 @@ LoRA, applied between down and up where a LoRA is just some of the ranks: one ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,12 @@ from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
 
 HEADS = ("q", "k", "v", "out")
+
+# What a layer has in place of its own `down`: made from its stack, on the stack's device, each time that the layer runs.
+# -> (R, in…)
+Down = Callable[[Stack], Tensor]
+# What is shown a layer's inputs: (the LoRA that runs alone, x (tokens, columns) in fp32).
+Visit = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -41,41 +47,72 @@ class Slot:
             return self.module.weight if self.head is None else self.module.out_proj.weight
         return self.module.in_proj_weight.chunk(3)[HEADS.index(self.head)]
 
+    def columns(self, x: Tensor) -> Tensor:
+        """The layer's input as the weight's columns meet it: x @ weight.flatten(1).T is the output, without the bias.
+
+        x: (B, …, in), for a convolution (B, in, h, w) -> (tokens, columns), fp32; a convolution has a token for every
+        position of its output, with in·kh·kw columns.
+        """
+        if self.head is not None or not isinstance(self.module, nn.Conv2d):
+            return x.flatten(0, -2).float()
+        conv = self.module
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x.float(), conv._reversed_padding_repeated_twice, mode)
+        return F.unfold(x, conv.kernel_size, conv.dilation, stride=conv.stride).transpose(1, 2).flatten(0, 1)
+
 
 class Router:
     """Which LoRAs take part in the next forwards.
 
-    route: (B, P) strengths, (1, P) for the whole batch, or None for the bare model; coefficients: by layer key (P, columns)
-    merger coefficients, where a layer has any. Set both before a forward, and leave them until after its backward.
+    route: (B, P) strengths, (1, P) for the whole batch, or None for the bare model; downs: by layer key what a layer has in
+    place of its own `down`. Set both before a forward, and leave them until after its backward.
     """
 
     def __init__(self, parents: int):
         self.parents = parents
         self.route: Tensor | None = None
-        self.coefficients: Mapping[str, Tensor] = {}
+        self.downs: Mapping[str, Down] = {}
         self._weighted = False
+        self._visits: Mapping[str, Visit] = {}
+        self._alone: tuple[int | None, ...] = ()
 
     def bare(self) -> None:
-        self.route, self.coefficients = None, {}
+        self.route, self.downs = None, {}
 
     def alone(self, *parents: int | None) -> None:
-        """One LoRA a sample, without coefficients; None for the bare model. One argument serves the whole batch."""
+        """One LoRA a sample, as it is; None for the bare model. One argument serves the whole batch."""
         self._choose([[float(i == parent) for i in range(self.parents)] for parent in parents], {})
+        self._alone = parents
 
-    def merged(self, coefficients: Mapping[str, Tensor] | None = None, weights: list[float] | None = None) -> None:
-        """All LoRAs, with coefficients where given and at the weights given: by default the plain sum."""
-        self._choose([weights or [1.0] * self.parents], coefficients or {})
+    def merged(self, downs: Mapping[str, Down] | None = None, weights: list[float] | None = None) -> None:
+        """All LoRAs, with other downs where given and at the weights given: by default the plain sum."""
+        self._choose([weights or [1.0] * self.parents], downs or {})
 
-    def _choose(self, route: list[list[float]], coefficients: Mapping[str, Tensor]) -> None:
-        self.route, self.coefficients = torch.tensor(route), coefficients
+    def _choose(self, route: list[list[float]], downs: Mapping[str, Down]) -> None:
+        self.route, self.downs, self._alone = torch.tensor(route), downs, ()
         self._weighted = any(weight != 1 for row in route for weight in row)
+
+    @contextmanager
+    def watching(self, visits: Mapping[str, Visit]) -> Iterator[None]:
+        """Meanwhile, while LoRAs run alone, each of these layers is shown its inputs, sample by sample."""
+        self._visits = visits
+        try:
+            yield
+        finally:
+            self._visits = {}
 
     def delta(self, key: str, stack: Stack, slot: Slot, x: Tensor) -> Tensor | None:
         """What the routed LoRAs add to this layer's output for input x; None if nothing."""
         if self.route is None:
             return None
-        m = self.coefficients.get(key)
-        down = (stack.down if m is None else stack.folded_down(m)).to(x.dtype)
+        if (visit := self._visits.get(key)) is not None:
+            with _full_precision(x.device):
+                for k in range(len(x)):  # one at a time: a convolution's columns are many times its input
+                    parent = self._alone[k if len(self._alone) > 1 else 0]
+                    if parent is not None:
+                        visit(parent, slot.columns(x[k : k + 1]))
+        fold = self.downs.get(key)
+        down = (stack.down if fold is None else fold(stack)).to(x.dtype)
         # a convolution is the module's own, with its stride, padding and padding mode
         hidden = slot.module._conv_forward(x, down, None) if down.ndim == 4 else F.linear(x, down)
         if self._weighted:
@@ -144,6 +181,11 @@ def attach(
     finally:
         for remove in reversed(undo):
             remove()
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Without autocast, under which a host may run its model."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def _on(stack: Stack, x: Tensor) -> Stack:

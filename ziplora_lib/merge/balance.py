@@ -24,7 +24,7 @@ def weights(balance: float, roles: Sequence[str]) -> list[float]:
         first, second = 1 - 0.2 * balance, 1 + 0.25 * balance
     else:
         first, second = 1 - 0.3 * balance, 1 + 0.15 * balance
-    return [first if of_first else second for of_first in _first_side(roles)]
+    return [first if of_first else second for of_first in first_side(roles)]
 
 
 def points(n: int) -> list[float]:
@@ -34,7 +34,7 @@ def points(n: int) -> list[float]:
 
 def side(balance: float, roles: Sequence[str], names: Sequence[str]) -> str:
     """What a balance other than 0 gives more of: subject or style, or the LoRAs by name where all have one role."""
-    members = [i for i, of_first in enumerate(_first_side(roles)) if of_first == (balance < 0)]
+    members = [i for i, of_first in enumerate(first_side(roles)) if of_first == (balance < 0)]
     return roles[members[0]] if len(set(roles)) > 1 else " and ".join(names[i] for i in members)
 
 
@@ -46,7 +46,7 @@ def caption(balance: float, roles: Sequence[str], names: Sequence[str]) -> str:
     return f"more {side(balance, roles, names)} ({strengths})"
 
 
-def _first_side(roles: Sequence[str]) -> list[bool]:
+def first_side(roles: Sequence[str]) -> list[bool]:
     """Which LoRAs are on the balance's first side."""
     if len(set(roles)) == 1:
         return [i == 0 for i in range(len(roles))]

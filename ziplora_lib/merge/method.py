@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ziplora_lib.lora.stack import Stack
+from ziplora_lib.merge.attach import Down, Visit
 from ziplora_lib.merge.pairing import Pairing
 
 # Called with what is known at each step; a true answer asks to stop and keep the best so far.
@@ -20,8 +21,8 @@ class Sample:
     """A calibration sample: a noised latent, the prompt, and what the model predicts for it.
 
     parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; text: the prompt; cond: the prompt as the plain
-    sum of the LoRAs reads it; target: the prediction with that LoRA alone; bare: without any. Tensors other than cond lie
-    on the CPU in fp32.
+    sum of the LoRAs reads it; target: the prediction with that LoRA alone; bare: without any; alone: the prompt as that LoRA
+    alone reads it. Tensors other than cond and alone lie on the CPU in fp32.
     """
 
     parent: int
@@ -31,19 +32,23 @@ class Sample:
     cond: Any
     target: Tensor
     bare: Tensor
+    alone: Any = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The samples, and the live model: predict(samples, coefficients by layer key) -> (B, 4, h, w), differentiable.
+    """The samples, and the live model.
 
-    device: where the model computes, and the coefficients are learned.
+    predict(samples, downs): (B, 4, h, w), what the model predicts with all LoRAs and with other downs in the layers given;
+    differentiable. observe(samples, visits): runs each sample through the LoRA that it belongs to, alone, and shows each of
+    the layers given its inputs. device: where the model computes, and the coefficients are learned.
     """
 
     train: Sequence[Sample]
     held_out: Sequence[Sample]
-    predict: Callable[[Sequence[Sample], Mapping[str, Tensor]], Tensor]
+    predict: Callable[[Sequence[Sample], Mapping[str, Down]], Tensor]
     device: str = "cpu"
+    observe: Callable[[Sequence[Sample], Mapping[str, Visit]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,16 @@ class Settings:
     batch: int = 1
     at_once: int = 1
     seed: int = 0
+    ridge: float | None = None
+    mu: float = 0.5
 
 
 @dataclass(frozen=True)
 class Merged:
     """A merge: its stacks, ready to be saved, and how they came about.
 
-    coefficients: by layer key the learned (P, columns); summary: numbers for people and for the metadata; history: one
-    dict a step; stopped: ended by the callback; warnings: in words.
+    coefficients: what was learned by layer key, (P, columns), or (R,) where each rank has one; summary: numbers for people
+    and for the metadata; history: one dict a step; stopped: ended by the callback; warnings: in words.
     """
 
     stacks: dict[str, Stack]

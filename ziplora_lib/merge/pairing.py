@@ -22,12 +22,19 @@ class Pairing:
     """The parents' layers side by side.
 
     stacks: every layer of any parent, strengths included; learned: the layers whose coefficients are learned, in order;
-    vectors: what they add to norms and biases, strengths included, which is summed.
+    vectors: what they add to norms and biases, strengths included, which is summed; first: how many of the LoRAs are on the
+    balance's first side, the subjects or, where all have one role, the first one; they come before the others.
     """
 
     stacks: dict[str, Stack]
     learned: list[str]
     vectors: dict[str, Vectors]
+    first: int = 1
+
+    @property
+    def parents(self) -> int:
+        """How many LoRAs there are."""
+        return len(next(iter(self.stacks.values())).ranks)
 
 
 def pair(
@@ -35,12 +42,13 @@ def pair(
     strengths: Sequence[float],
     shapes: Mapping[str, tuple[int, ...]],
     learn_text: bool = False,
+    first: int = 1,
 ) -> Pairing:
     """Stacks the LoRAs layer by layer, in the order given. Their dense layers are to be worked out before.
 
     shapes: each layer key's weight shape in the model, (out, in…); a layer that the model lacks keeps the shape of its
-    file. learn_text: the text encoders' layers are learned too. Raises BadInput, with file and key, where a layer does not
-    fit the model or the other LoRA.
+    file. learn_text: the text encoders' layers are learned too. first: how many LoRAs are on the balance's first side.
+    Raises BadInput, with file and key, where a layer does not fit the model or the other LoRA.
     """
     stacks: dict[str, Stack] = {}
     for key in sorted(set().union(*(lora.deltas for lora in loras))):
@@ -52,7 +60,7 @@ def pair(
     }
     # what the model does not have cannot be learned; it is summed, as the text encoders are
     learned = [key for key in stacks if key in shapes and (learn_text or is_unet(key))]
-    return Pairing(stacks, learned, vectors)
+    return Pairing(stacks, learned, vectors, first)
 
 
 def _fitted(lora: Lora, key: str, shape: tuple[int, ...], strength: float) -> LowRankDelta | None:

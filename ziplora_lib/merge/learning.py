@@ -1,0 +1,186 @@
+"""Coefficients learned by gradient, everything else frozen: the loop that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ziplora_lib.errors import MergeFailed
+from ziplora_lib.lora.stack import Stack
+from ziplora_lib.merge.attach import Down
+from ziplora_lib.merge.judging import errors_of, groups, held_out_errors
+from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
+from ziplora_lib.merge.objective import OBJECTIVES
+from ziplora_lib.merge.pairing import Pairing
+
+# powers of two change nothing in fp32, and keep fp16's small gradients above its smallest number
+LOSS_SCALE = 2.0**16
+# below this share of the plain sum's norm the merge has faded away rather than learned
+COLLAPSED = 0.15
+# a parent whose mean |m| ends below this has been switched off
+SWITCHED_OFF = 0.05
+
+
+class Coefficients(Protocol):
+    """What a method learns: one tensor m, of `shape`, and what it makes of the layers."""
+
+    shape: tuple[int, ...]
+
+    def by_layer(self, m: Tensor) -> dict[str, Tensor]:
+        """Each learned layer's coefficients, as views."""
+
+    def folded_down(self, stack: Stack, values: Tensor) -> Tensor:
+        """A layer's `down` with its coefficients folded in; differentiable in them. -> (R, in…)"""
+
+    def own(self, m: Tensor, i: int) -> Tensor:
+        """LoRA i's coefficients of the layers that it has, in one row."""
+
+    def mean_abs(self, m: Tensor) -> list[float]:
+        """Mean |m| of every LoRA."""
+
+    def retained(self, m: Tensor) -> float:
+        """‖ΔW_m‖ / ‖ΔW_c + ΔW_s‖ over the learned layers."""
+
+    def penalty(self, m: Tensor) -> Tensor:
+        """What is added to the data term, times λ. -> ()"""
+
+
+def learn(
+    name: str,
+    coefficients: Coefficients,
+    pairing: Pairing,
+    calibration: Calibration,
+    settings: Settings,
+    callback: Callback,
+) -> Merged:
+    """Learns the coefficients with Adam and keeps the best that were seen on the held-out samples.
+
+    Coefficients, loss and optimiser are fp32 whatever the model computes in. Raises MergeFailed when no gradient arrives,
+    or when the model's precision gives no finite loss.
+    """
+    if not any(stack.up.any() and stack.down.any() for stack in map(pairing.stacks.get, pairing.learned)):
+        raise MergeFailed("The LoRAs are zero on the layers they share: there is nothing to learn.")
+    error, parents = OBJECTIVES[settings.objective].error, pairing.parents
+    m = torch.full(coefficients.shape, settings.start, device=calibration.device, requires_grad=True)
+    # no weight decay: it would pull the coefficients to zero
+    optimiser = torch.optim.Adam([m], lr=settings.lr)
+
+    def downs(values: Tensor) -> dict[str, Down]:
+        layers = coefficients.by_layer(values).items()
+        return {key: partial(coefficients.folded_down, values=layer) for key, layer in layers}
+
+    def held_out(values: Tensor) -> list[float]:
+        return held_out_errors(calibration, downs(values.detach()), parents, settings.at_once)
+
+    summed = held_out(torch.ones_like(m))
+    best_errors, best, best_step = held_out(m), m.detach().clone(), 0
+    history: list[dict] = []
+    scale, stopped, every = LOSS_SCALE, False, max(1, settings.steps // 5)
+    for step, batch in enumerate(_batches(calibration.train, parents, settings), start=1):
+        errors, scale = _backward(m, downs, calibration, batch, error, parents, settings, scale)
+        if step == 1 and not m.grad.any():
+            raise MergeFailed(
+                "No gradient reached the coefficients: something replaces or swaps the model's weights "
+                "during its forward pass. Switch off --lowvram and other model patches."
+            )
+        data_gradient = float(m.grad.abs().mean())
+        penalty = coefficients.penalty(m)
+        (settings.lam * penalty).backward()
+        optimiser.step()
+        entry = {
+            "phase": "merge",
+            "step": step,
+            "steps": settings.steps,
+            "loss": sum(errors) + settings.lam * float(penalty.detach()),
+            "errors": errors,
+            "penalty": float(penalty.detach()),
+            "data_gradient": data_gradient,
+            "mean_m": coefficients.mean_abs(m.detach()),
+            "retained": coefficients.retained(m.detach()),
+        }
+        last = step == settings.steps
+        if step % every == 0 or last:
+            entry["held_out"] = held_out(m)
+            if sum(entry["held_out"]) <= sum(best_errors):
+                best_errors, best, best_step = entry["held_out"], m.detach().clone(), step
+        history.append(entry)
+        if callback(entry) and not last:
+            stopped = True
+            final = held_out(m)
+            if sum(final) <= sum(best_errors):
+                best_errors, best, best_step = final, m.detach().clone(), step
+            break
+    return _finished(name, coefficients, pairing, best, best_step, best_errors, summed, history, stopped)
+
+
+def _backward(m, downs, calibration, batch, error, parents, settings, scale) -> tuple[list[float], float]:
+    """Leaves the data term's gradient in m.grad, accumulated group by group; returns each parent's mean error.
+
+    The loss is scaled for the backward, and less so after an overflow, as gradient scalers do for fp16.
+    """
+    while scale >= 1e-3:
+        m.grad, sums = None, [0.0] * parents
+        for group in groups(batch, settings.at_once):
+            prediction = calibration.predict(group, downs(m))
+            errors = errors_of(error, prediction, group) / settings.batch
+            (errors.sum() * scale).backward()
+            for sample, value in zip(group, errors.tolist()):
+                sums[sample.parent] += value
+        if m.grad is None:
+            m.grad = torch.zeros_like(m)
+        if torch.isfinite(m.grad).all():
+            m.grad /= scale
+            return sums, scale
+        scale /= 16
+    raise MergeFailed(
+        "The model gives no finite gradient in this precision. Run the WebUI with --no-half, or use the "
+        "model in bf16 or fp32."
+    )
+
+
+def _batches(train: Sequence[Sample], parents: int, settings: Settings) -> Iterator[list[Sample]]:
+    """For each step `batch` samples of every parent, in turn through its samples."""
+    own = [[s for s in train if s.parent == i] for i in range(parents)]
+    for step in range(settings.steps):
+        first = step * settings.batch
+        yield [mine[(first + b) % len(mine)] for mine in own for b in range(settings.batch)]
+
+
+def _finished(name, coefficients, pairing, m, step, errors, summed, history, stopped) -> Merged:
+    learned: Mapping[str, Tensor] = coefficients.by_layer(m.cpu())
+    stacks = dict(pairing.stacks)
+    for key, values in learned.items():
+        stacks[key] = replace(stacks[key], down=coefficients.folded_down(stacks[key], values).contiguous())
+    retained = coefficients.retained(m)
+    own = [coefficients.own(m, i) for i in range(pairing.parents)]
+    measures = {"mean": torch.mean, "std": torch.std, "min": torch.amin, "max": torch.amax}
+    summary = {
+        "method": name,
+        "best_step": step,
+        "coefficients": sum(len(row) for row in own),
+        **{measure: [float(f(row)) if len(row) else 0.0 for row in own] for measure, f in measures.items()},
+        "retained": retained,
+        "error": errors,
+        "error_plain_sum": summed,
+    }
+    warnings = []
+    if not torch.isfinite(m).all():
+        raise MergeFailed("The coefficients are not finite. Lower the learning rate.")
+    remedy = "Lower lam, or use the default objective"
+
+    def faded(kept: float, means: list[float]) -> bool:
+        # a LoRA of text encoder layers alone, say, may have no coefficients
+        return kept < COLLAPSED or min(mean for mean, row in zip(means, own) if len(row)) < SWITCHED_OFF
+
+    if faded(retained, coefficients.mean_abs(m)):
+        warnings.append(f"the run collapsed: only {retained:.0%} of the plain sum's strength is left. {remedy}")
+    elif faded(history[-1]["retained"], history[-1]["mean_m"]):
+        warnings.append(f"the run collapsed after step {step}, whose coefficients were kept. {remedy}")
+    if step == 0:
+        warnings.append("nothing was learned: no step was better than the coefficients at the start. Lower lr or lam")
+    return Merged(stacks, learned, summary, history, stopped, warnings)
