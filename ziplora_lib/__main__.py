@@ -266,9 +266,10 @@ def summary(result) -> str:
     ]
     if "error" in result.learned:
         for i, parent in enumerate(result.preflight["parents"]):
+            mean = f"; mean coefficient {result.learned['mean'][i]:.2f}" if "mean" in result.learned else ""
             lines.append(
                 f"{parent['title']}: error against this LoRA alone {result.learned['error'][i]:.3f} "
-                f"(plain sum {result.learned['error_plain_sum'][i]:.3f}); mean coefficient {result.learned['mean'][i]:.2f}"
+                f"(plain sum {result.learned['error_plain_sum'][i]:.3f}){mean}"
             )
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*lines, f"prompt with {result.tag}"])

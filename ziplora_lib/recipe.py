@@ -14,6 +14,7 @@ except ImportError:
     from pydantic import BaseModel, Extra, Field, ValidationError, root_validator, validator
 
 from ziplora_lib.errors import BadInput
+from ziplora_lib.merge import METHODS, SAID
 from ziplora_lib.merge.objective import OBJECTIVES
 
 
@@ -52,7 +53,9 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         ..., min_items=2, max_items=8, description="the LoRAs to merge, subjects and styles in any number"
     )
     output: str = Field(..., description="the name of the new LoRA")
-    method: Literal["ziplora", "direct"] = Field("ziplora", description="ziplora learns; direct is the plain sum")
+    method: Literal[tuple(METHODS)] = Field(
+        "ziplora", description="; ".join(f"{name}: {what}" for name, what in SAID.items())
+    )
     objective: Literal["relative", "paper", "paper-literal"] = Field("relative", description="form of the loss")
     steps: int = Field(100, ge=1, le=1000, description="gradient steps")
     lr: float = Field(0.01, gt=0, le=1, description="learning rate: about how far a coefficient moves in a step")

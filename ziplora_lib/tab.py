@@ -28,6 +28,8 @@ ADVANCED = {
         "lr": "Learning rate",
         "lam": "Overlap penalty",
         "start": "Start",
+        "ridge": "Ridge",
+        "mu": "Projection",
         "batch": "Samples a step",
         "at_once": "Samples at once",
         "checkpointing": "Save memory",
@@ -61,10 +63,10 @@ LABELS = {"output": "Output name", "steps": "Steps", "seed": "Seed"}
 LABELS |= {field: label for group in ADVANCED.values() for field, label in group.items()}
 
 # fields typed as a number; the other numbers are sliders with these steps, 1 where nothing is said
-TYPED = {"seed", "lr", "dense_rank"}
+TYPED = {"seed", "lr", "mu", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
-NOT_GIVEN = dict.fromkeys(("lam", "start"), "the objective's own")
+NOT_GIVEN = {**dict.fromkeys(("lam", "start"), "the objective's own"), "ridge": "the method's own"}
 # what changes what Check says
 CHECKED = (
     "method",
@@ -537,6 +539,8 @@ def _learned(learned: dict, parents: list[dict]) -> str:
     """What was learned, in plain words."""
     merged, summed = learned.get("error"), learned.get("error_plain_sum")
     if not merged or not summed:
+        if learned.get("method") != "direct":
+            return _line(f"Merged by {learned['method']}, without asking the model; nothing was learned.")
         return _line("The LoRAs were added as they are; nothing was learned.")
     rows = "".join(
         f"<tr><td>{_capital(parent['role'])} <i>{html.escape(parent['name'])}</i></td>"
@@ -546,8 +550,8 @@ def _learned(learned: dict, parents: list[dict]) -> str:
     return (
         f"<p>{html.escape(_verdict(merged, summed, parents))}</p>"
         "<table class='ziplora_errors'><tr><th>Distance from the LoRA alone</th><th>plain sum</th><th>zipped</th></tr>"
-        f"{rows}</table><p class='ziplora_small'>0: just as that LoRA alone; 1: as far off as with no LoRA at all. "
-        f"Best at step {learned['best_step']}.</p>"
+        f"{rows}</table><p class='ziplora_small'>0: just as that LoRA alone; 1: as far off as with no LoRA at all."
+        + (f" Best at step {learned['best_step']}.</p>" if "best_step" in learned else "</p>")
     )
 
 
