@@ -108,6 +108,20 @@ def test_a_route_per_sample_equals_separate_passes(name):
         equal(together[k : k + 1], with_dense(plain, dense_of(stack, strengths))(x[k : k + 1]))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_columns_are_what_the_weight_meets(name):
+    module, x = case(name)
+    slot = Slot(module)
+    without_bias = copy.deepcopy(module)
+    without_bias.bias = None
+    wanted = without_bias(x)
+    wanted = wanted.movedim(1, -1) if isinstance(module, nn.Conv2d) else wanted
+    columns = slot.columns(x)
+    assert columns.dtype == torch.float32
+    given = columns.double() @ slot.weight.flatten(1).T
+    torch.testing.assert_close(given, wanted.flatten(0, -2), rtol=1e-5, atol=1e-5)
+
+
 def attention_case(batch_first, bias=True):
     torch.manual_seed(2)
     attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=bias).double().eval().requires_grad_(False)
