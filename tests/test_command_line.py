@@ -302,7 +302,9 @@ def test_bake_and_split_refuse_what_is_not_ours(cli, tmp_path, pair_files):
         refused(cli, tmp_path, command, "not made by ZipLoRA")
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"], ["evaluate"]], ids=str
+)
 def test_wrong_usage_is_status_2(cli, arguments):
     status, out, err = cli(*arguments)
     assert status == 2
@@ -310,7 +312,7 @@ def test_wrong_usage_is_status_2(cli, arguments):
     assert out == ""
 
 
-@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"], ["split"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"], ["split"], ["evaluate"]], ids=str)
 def test_help(cli, command):
     status, out, _ = cli(*command, "--help")
     assert status == 0

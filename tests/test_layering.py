@@ -13,7 +13,7 @@ PACKAGE = Path(ziplora_lib.__file__).parent
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")
 )
-CORE = [name for name in MODULES if name.startswith(("lora.", "merge.")) or name in ("errors", "recipe")]
+CORE = [name for name in MODULES if name.startswith(("lora.", "merge.")) or name in ("errors", "recipe", "bootstrap")]
 
 
 def imports(name):
@@ -46,7 +46,8 @@ def test_the_core_knows_no_face_no_host_and_no_framework(name):
         "ldm",
         "lycoris",
     )
-    faces = [f"ziplora_lib.{part}" for part in ("tab", "api", "job", "hosts", "__main__", "calibration", "charts")]
+    parts = ("tab", "api", "job", "hosts", "__main__", "calibration", "charts", "evaluation")
+    faces = [f"ziplora_lib.{part}" for part in parts]
     assert inside(imports(name), *strangers, *faces) == set()
     if name.startswith("lora."):
         assert inside(imports(name), "ziplora_lib.merge") == set()
@@ -56,11 +57,12 @@ def test_the_core_knows_no_face_no_host_and_no_framework(name):
     "name", [name for name in MODULES if name.startswith("hosts.") or name in ("job", "calibration")]
 )
 def test_jobs_and_hosts_know_no_face(name):
-    assert inside(imports(name), "gradio", *(f"ziplora_lib.{face}" for face in ("tab", "api", "__main__"))) == set()
+    faces = [f"ziplora_lib.{part}" for part in ("tab", "api", "__main__", "evaluation")]
+    assert inside(imports(name), "gradio", *faces) == set()
 
 
-@pytest.mark.parametrize("name", ["job", "calibration"])
-def test_a_job_knows_no_particular_host(name):
+@pytest.mark.parametrize("name", ["job", "calibration", *(name for name in MODULES if name.startswith("evaluation."))])
+def test_a_job_and_its_evaluation_know_no_particular_host(name):
     assert (
         inside(imports(name), "ziplora_lib.hosts.webui", "ziplora_lib.hosts.diffusers", "diffusers", "modules") == set()
     )

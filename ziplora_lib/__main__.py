@@ -1,4 +1,4 @@
-"""The command line: `python -m ziplora_lib zip …`, `bake`, `split`, `inspect` and `compare`, without a WebUI.
+"""The command line: `python -m ziplora_lib zip …`, `bake`, `split`, `inspect`, `compare` and `evaluate`, without a WebUI.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
 """
@@ -10,10 +10,12 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from ziplora_lib import inspection
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib.evaluation import CLIP, DECIDED, DINO
 from ziplora_lib.lora import writer
 from ziplora_lib.lora.bake import bake, in_order, origins, split, strengths
 from ziplora_lib.lora.reader import peek, read
@@ -69,26 +71,10 @@ def _parser() -> argparse.ArgumentParser:
             f"{role}, with several the first to the first, and so on: a folder for more than one picture, '' for none",
             metavar="PATH",
         )
-    zip_.add_argument("--model", default="miniature", help="folder, .safetensors file, hub id, or a miniature[-sd1]")
-    zip_.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is by default")
+    _add_model(zip_, default="miniature")
     zip_.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the merged LoRA")
     zip_.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done and learned")
-    for name, field in Recipe.schema()["properties"].items():
-        if name in _OWN_FLAGS:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        default = Recipe.__fields__[name].default
-        if field["type"] == "boolean" and default is True:
-            zip_.add_argument(
-                f"--no-{name.replace('_', '-')}", dest=name, action="store_false", help=f"not: {field['description']}"
-            )
-        elif field["type"] == "boolean":
-            zip_.add_argument(flag, dest=name, action="store_true", help=field["description"])
-        else:
-            kind = {"integer": int, "number": float}.get(field["type"], str)
-            zip_.add_argument(
-                flag, dest=name, type=kind, default=default, choices=field.get("enum"), help=field["description"]
-            )
+    _add_recipe(zip_, _OWN_FLAGS)
     zip_.set_defaults(run=_zip)
     baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at other strengths")
     baked.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
@@ -131,7 +117,69 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("files", nargs="+", type=Path, metavar="FILE", help="two LoRAs or more")
     compare.add_argument("--json", action="store_true", help="as JSON, by layer too")
     compare.set_defaults(run=_compare)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score merges of a list of pairs by CLIP and DINO, as the paper does",
+        epilog="The README shows a list of pairs, and says what the scores can and cannot tell.",
+    )
+    evaluate.add_argument("pairs", type=Path, metavar="PAIRS.json", help="the list of pairs")
+    _add_model(evaluate, required=True)
+    evaluate.add_argument("--clip", default=CLIP, help="CLIP, a folder or hub id")
+    evaluate.add_argument("--dino", default=DINO, help="DINO, a folder or hub id")
+    methods = [name for name in Recipe.schema()["properties"]["method"]["enum"] if name != "direct"]
+    evaluate.add_argument(
+        "--method",
+        action="append",
+        choices=methods,
+        help="merge every pair by this method; repeat it for more. ziplora if the list names no merged LoRAs, else none",
+    )
+    evaluate.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 4],
+        metavar="N",
+        help="a picture of every prompt with each of these seeds, in every row; 1 2 3 4 by default",
+    )
+    for role in ROLES:
+        evaluate.add_argument(
+            f"--{role}-share",
+            type=float,
+            default=0.5,
+            metavar="S",
+            help=f"joint success: how far of the way to the {role} LoRA alone on its own prompt, 0.5 by default",
+        )
+    evaluate.add_argument("--json", type=Path, metavar="FILE.json", help="write everything, picture by picture")
+    evaluate.add_argument("--grids", type=Path, metavar="FOLDER", help="write the pictures of each pair, as one PNG")
+    evaluate.add_argument("--zipped", type=Path, metavar="FOLDER", help="keep the LoRAs that are merged for this")
+    _add_recipe(evaluate, DECIDED)
+    evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, **options) -> None:
+    parser.add_argument("--model", help="folder, .safetensors file, hub id, or a miniature[-sd1]", **options)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is by default")
+
+
+def _add_recipe(parser: argparse.ArgumentParser, without: set[str]) -> None:
+    """A flag for every other field of the recipe."""
+    for name, field in Recipe.schema()["properties"].items():
+        if name in without:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        default = Recipe.__fields__[name].default
+        if field["type"] == "boolean" and default is True:
+            parser.add_argument(
+                f"--no-{name.replace('_', '-')}", dest=name, action="store_false", help=f"not: {field['description']}"
+            )
+        elif field["type"] == "boolean":
+            parser.add_argument(flag, dest=name, action="store_true", help=field["description"])
+        else:
+            kind = {"integer": int, "number": float}.get(field["type"], str)
+            parser.add_argument(
+                flag, dest=name, type=kind, default=default, choices=field.get("enum"), help=field["description"]
+            )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -244,11 +292,15 @@ def _tell(path: Path, saved: dict) -> None:
     print(f"saved {path}  ({saved['bytes'] / 1e6:.1f} MB)\nprompt with <lora:{path.stem}:1>")
 
 
+def _check_json(path: Path, flag: str) -> None:
+    if not path.parent.is_dir():
+        raise BadInput(f"the folder {path.parent} of {flag} does not exist", remedy="Create it, or choose another")
+    if path.suffix != ".json" or path.is_dir():
+        raise BadInput(f"{flag} {path} is not a .json file", remedy="For instance report.json")
+
+
 def _check_report(report: Path, out: Path) -> None:
-    if not report.parent.is_dir():
-        raise BadInput(f"the folder {report.parent} of --report does not exist", remedy="Create it, or choose another")
-    if report.suffix != ".json" or report.is_dir():
-        raise BadInput(f"--report {report} is not a .json file", remedy="For instance report.json")
+    _check_json(report, "--report")
     if report.resolve() == out.with_suffix(".json").resolve():
         raise BadInput(f"--report {report} is the name of the LoRA's own card", remedy="Give the report another name")
 
@@ -300,6 +352,66 @@ def _compare(args: argparse.Namespace) -> int:
     view = inspection.compared([read(path) for path in args.files])
     print(json.dumps(view, indent=2, ensure_ascii=False) if args.json else inspection.compared_text(view))
     return 0 if view["fit"] else 2
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ziplora_lib.evaluation.pairs import read_pairs
+
+    if args.json:
+        _check_json(args.json, "--json")
+        if args.json.resolve() == args.pairs.resolve():
+            raise BadInput(f"--json {args.json} is the list of pairs itself", remedy="Give the results another name")
+    for flag, folder in (("--grids", args.grids), ("--zipped", args.zipped)):
+        if folder and not folder.is_dir():
+            raise BadInput(f"the folder {folder} of {flag} does not exist", remedy="Create it, or choose another")
+    pairs = read_pairs(args.pairs)
+
+    from transformers.utils import logging
+
+    from ziplora_lib.evaluation import run, scoring
+    from ziplora_lib.evaluation.encoders import Clip, Dino
+    from ziplora_lib.hosts.diffusers import DiffusersHost, usable_device
+    from ziplora_lib.pictures import png
+
+    plan = run.Plan(
+        {name: getattr(args, name) for name in Recipe.__fields__ if name not in DECIDED},
+        args.method or ([] if pairs[0].merged else ["ziplora"]),
+        args.seeds,
+        {role: getattr(args, f"{role}_share") for role in ROLES},
+    )
+    plan.recipe(pairs[0], "direct")  # refuses bad settings before any model is loaded
+    logging.disable_progress_bar()
+    report: dict = {}
+    shown = stopped = False
+
+    def show(info: dict) -> None:
+        nonlocal shown
+        shown = True
+        print(_progress(info), end="", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            # the model last, which can take minutes
+            device = usable_device(args.device)
+            clip, dino = Clip(args.clip, device), Dino(args.dino, device)
+            host = DiffusersHost(args.model, args.zipped or Path(temporary), args.device)
+            for report, sheet in run.evaluate(pairs, plan, host, clip, dino, show):
+                if args.grids:
+                    name = report["pairs"][-1]["name"]
+                    writer.write_beside(args.grids / f"{name}.png", ".png", png(sheet))
+                if args.json:  # after each pair, so that a run that is broken off leaves what it has
+                    text = json.dumps(report, indent=2, ensure_ascii=False)
+                    writer.write_beside(args.json, ".json", f"{text}\n".encode())
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            if shown:
+                print(file=sys.stderr)
+    if report:
+        print(scoring.text(report))
+    if stopped:
+        print(f"ziplora: stopped after {len(report.get('pairs', []))} of {len(pairs)} pairs", file=sys.stderr)
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":
