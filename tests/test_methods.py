@@ -43,7 +43,10 @@ WEIGHTS = {CONV: "conv.weight", LINEAR: "linear.weight", LAST: "last.weight"}
 
 
 class World:
-    """A model, P LoRAs of different ranks, and calibration samples; the last layer is the last LoRA's alone."""
+    """A model, P LoRAs of different ranks, and calibration samples.
+
+    The last layer is the last LoRA's alone, or, of three and more, the last two's.
+    """
 
     def __init__(self, parents=2, samples=6):
         self.model, self.parents = Tiny().requires_grad_(False), parents
@@ -51,7 +54,7 @@ class World:
         self.loras = []
         for i in range(parents):
             deltas = {}
-            for key in (CONV, LINEAR) if i < parents - 1 else (CONV, LINEAR, LAST):
+            for key in (CONV, LINEAR) if i < max(1, parents - 2) else (CONV, LINEAR, LAST):
                 shape = tuple(self.model.get_parameter(WEIGHTS[key]).shape)
                 up = torch.randn(shape[0], 1 + i % 3, generator=generator) * (2.0 if i == 0 else 0.7)
                 down = torch.randn(1 + i % 3, *shape[1:], generator=generator) / torch.Size(shape[1:]).numel() ** 0.5
