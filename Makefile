@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try test lint format clean
+.PHONY: try test lint format clean miniature gate bench-quality bench-ablations bench-scale
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -20,6 +20,33 @@ try: $(VENV)/.headless
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+$(VENV)/.benchmarks: pyproject.toml $(VENV)/.headless
+	$(BIN)/pip install --quiet --editable ".[headless,benchmarks]"
+	touch $@
+
+# trains the miniature again, and those who judge its pictures: about an hour on two cores
+TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2
+miniature: $(VENV)/.benchmarks
+	mkdir -p benchmarks/.cache
+	$(TOGETHER) -m benchmarks.miniature.autoencoder benchmarks/.cache/vae.safetensors
+	$(TOGETHER) -m benchmarks.miniature.base benchmarks/.cache/vae.safetensors ziplora_lib/hosts/miniature.safetensors
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.judge
+
+gate: $(VENV)/.benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
+
+# goes on where it was broken off; see benchmarks/README.md for what it takes
+bench-quality: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.quality.run
+	$(BIN)/python -m benchmarks.quality.report
+
+bench-ablations: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.quality.run --table ablations --pairs 8 --lora-seeds 1 --seeds 16
+	$(BIN)/python -m benchmarks.quality.report --table ablations --seeds 16 --against default
+
+bench-scale: $(VENV)/.benchmarks
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.scale --full
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

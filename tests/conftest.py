@@ -104,7 +104,6 @@ def samples(tmp_path_factory):
     """The two sample LoRAs, trained once: (subject, style)."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    pytest.importorskip("skimage")
     from ziplora_lib.hosts.samples import write_samples
 
     return write_samples(tmp_path_factory.mktemp("samples"))

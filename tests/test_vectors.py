@@ -94,7 +94,7 @@ def test_every_way_to_route_equals_changed_parameters(name, with_delta):
         equal(module(x), torch.stack(wanted))
         if with_delta:  # the coefficients are the columns' alone
             m = torch.rand(2, stack.columns)
-            router.merged({"layer": m})
+            router.merged({"layer": lambda stack: stack.folded_down(m)})
             equal(module(x), changed(plain, (1, 1), vectors, stack, m)(x))
         router.bare()
         assert torch.equal(module(x), plain(x))

@@ -6,7 +6,7 @@ are those pictures, noised to every level, with the predictions of that LoRA alo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Cond, Host
-from ziplora_lib.merge.attach import Router
-from ziplora_lib.merge.method import Callback, Sample
+from ziplora_lib.merge.attach import Down, Router, Visit
+from ziplora_lib.merge.method import Calibration, Callback, Sample
 from ziplora_lib.recipe import Recipe
 
 LEVELS = 1000
@@ -55,6 +55,36 @@ def references(parent_reference: Sequence[str], resolution: int) -> list[Image.I
             raise BadInput("is not a readable picture", file=str(file), remedy="Remove it or save it again") from error
         pictures.append(square)
     return pictures
+
+
+def calibrated(host: Host, router: Router, recipe: Recipe, callback: Callback) -> Calibration:
+    """The samples and the live model, as methods take them. Raises Stopped as `calibrate` does."""
+    train, held_out = calibrate(host, router, recipe, callback)
+    learn_text = recipe.text_encoders == "learn"
+
+    def run_model(samples: Sequence[Sample], conds: Sequence[Cond]) -> Tensor:
+        return host.predict(torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples]), conds).float()
+
+    def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
+        router.merged(downs)
+        conds = {s.text: s.cond for s in samples}
+        if learn_text:  # prompts are read with the coefficients as they are now
+            gradients = torch.is_grad_enabled()
+            conds = {text: host.encode(text, recipe.resolution, not text, gradients) for text in conds}
+        return run_model(samples, [conds[s.text] for s in samples])
+
+    @torch.no_grad()
+    def observe(samples: Sequence[Sample], visits: Mapping[str, Visit]) -> None:
+        with router.watching(visits):
+            conds = [s.alone for s in samples]
+            if learn_text:  # the text encoders' layers are looked at as well
+                for k, sample in enumerate(samples):
+                    router.alone(sample.parent)
+                    conds[k] = host.encode(sample.text, recipe.resolution, not sample.text)
+            router.alone(*(s.parent for s in samples))
+            run_model(samples, conds)
+
+    return Calibration(train, held_out, predict, host.model().device, observe)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import json
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import combinations
@@ -30,8 +30,8 @@ from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
-from ziplora_lib.merge.attach import Down, Router, Slot, Visit, attach
-from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
+from ziplora_lib.merge.attach import Router, Slot, attach
+from ziplora_lib.merge.method import Callback, Merged, Settings
 from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, pair, refuse_unfit, report
 from ziplora_lib.opening import opened
 from ziplora_lib.pictures import png
@@ -242,42 +242,21 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
 
 
 def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callback: Callback, phase_done) -> Merged:
-    settings = Settings(**{name: getattr(recipe, name) for name in Settings.__dataclass_fields__})
+    settings = settings_of(recipe)
     if recipe.method not in NEEDS_MODEL:
         return METHODS[recipe.method](pairing, None, settings, callback)
     if not pairing.learned:
         return METHODS["direct"](pairing, None, settings, callback)
-    train, held_out = calibration.calibrate(host, router, recipe, callback)
+    samples = calibration.calibrated(host, router, recipe, callback)
     phase_done("calibrate")
-    learn_text = recipe.text_encoders == "learn"
-
-    def run_model(samples: Sequence[Sample], conds: Sequence) -> torch.Tensor:
-        return host.predict(torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples]), conds).float()
-
-    def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> torch.Tensor:
-        router.merged(downs)
-        conds = {s.text: s.cond for s in samples}
-        if learn_text:  # prompts are read with the coefficients as they are now
-            gradients = torch.is_grad_enabled()
-            conds = {text: host.encode(text, recipe.resolution, not text, gradients) for text in conds}
-        return run_model(samples, [conds[s.text] for s in samples])
-
-    @torch.no_grad()
-    def observe(samples: Sequence[Sample], visits: Mapping[str, Visit]) -> None:
-        with router.watching(visits):
-            conds = [s.alone for s in samples]
-            if learn_text:  # the text encoders' layers are looked at as well
-                for k, sample in enumerate(samples):
-                    router.alone(sample.parent)
-                    conds[k] = host.encode(sample.text, recipe.resolution, not sample.text)
-            router.alone(*(s.parent for s in samples))
-            run_model(samples, conds)
-
-    merged = METHODS[recipe.method](
-        pairing, Calibration(train, held_out, predict, host.model().device, observe), settings, callback
-    )
+    merged = METHODS[recipe.method](pairing, samples, settings, callback)
     phase_done("merge")
     return merged
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """What of the recipe is the method's."""
+    return Settings(**{name: getattr(recipe, name) for name in Settings.__dataclass_fields__})
 
 
 def _save(

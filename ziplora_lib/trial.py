@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ziplora_lib.__main__ import summary
 from ziplora_lib.comparison import comparison, row_labels
+from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
-from ziplora_lib.hosts.samples import STYLE_PROMPT, SUBJECT_PROMPT, write_samples
+from ziplora_lib.hosts.samples import JOINT_PROMPT, STYLE_PROMPT, SUBJECT_PROMPT, write_samples
 from ziplora_lib.job import run
 from ziplora_lib.pictures import strip
 from ziplora_lib.recipe import parse
@@ -25,7 +27,10 @@ def main(folder: Path) -> None:
     # the miniature's layers are too small for more, and on a busy machine a second thread mostly waits
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    print("training two sample LoRAs on the miniature, with peft, on two photographs …", flush=True)
+    print(
+        "training two sample LoRAs on the miniature, with peft: a subject and a style that it does not know …",
+        flush=True,
+    )
     subject, style = write_samples(folder)
     host = DiffusersHost("miniature", folder, "cpu")
     recipe = parse(
@@ -35,10 +40,11 @@ def main(folder: Path) -> None:
                 {"lora": str(style), "role": "style", "prompt": STYLE_PROMPT},
             ],
             "output": "merged",
-            "resolution": 256,
-            "pictures": 2,
+            "preview_prompt": JOINT_PROMPT,
+            "resolution": world.SIDE,
             "sampler_steps": 12,
             "guidance": 3.0,
+            "at_once": 8,
             "balance_points": 1,
             "checkpointing": False,
             "overwrite": True,
@@ -48,6 +54,9 @@ def main(folder: Path) -> None:
     result = run(recipe, host)
     print("drawing the strip …", flush=True)
     rows = comparison(recipe, Path(result.file), host, SEEDS)
+    # the miniature's pictures are small, of dots that stay sharp
+    side = 2 * world.SIDE
+    rows = [[picture.resize((side, side), Image.Resampling.NEAREST) for picture in row] for row in rows]
     strip(rows, row_labels(recipe), [f"seed {s}" for s in SEEDS]).save(folder / "strip.png")
     report = {**result.public(), "history": result.history, "recipe": json.loads(recipe.json())}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")

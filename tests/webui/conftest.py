@@ -285,7 +285,7 @@ def sgm_checkpoint(tmp_path_factory) -> Path:
     """The miniature as a WebUI checkpoint, made once for all WebUIs of the session."""
     from sgm_miniature import write_sgm_miniature
 
-    return write_sgm_miniature(tmp_path_factory.mktemp("checkpoint"))
+    return write_sgm_miniature(tmp_path_factory.mktemp("checkpoint"), WEBUI_DIR)
 
 
 @pytest.fixture(scope="session")

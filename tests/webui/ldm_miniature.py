@@ -154,7 +154,7 @@ def write_sd2_miniature(folder: Path, seed: int = 0) -> Path:
     }
     # the VAE's loss, which the WebUI never uses, is built before the text encoder: it makes that known to open_clip
     first = {"target": "open_clip.add_model_config", "params": {"path": str(folder / f"{SD2_ARCH}.json")}}
-    te2 = convert_te2(mini.text_encoder, seed)
+    te2 = convert_te2(mini.text_encoder, mini.tokenizer, None, seed)
     state = {k.replace("conditioner.embedders.1.", "cond_stage_model."): v for k, v in te2.items()}
     return _write(folder, SD2_NAME, mini, state, text, first)
 

@@ -3,12 +3,14 @@
 The WebUI runs SDXL on sgm, which names the same layers differently. The names below were written
 from the two module trees; `test_host.py` beside this file compares the forwards of every part.
 
-One thing is not the same on both sides, because it cannot be: in the WebUI the second text encoder
-tokenises with open_clip's own 49408 tokens, so its token table there is a seeded random one.
+One thing is not quite the same on both sides, because it cannot be: in the WebUI the second text encoder
+tokenises with open_clip's own 49408 tokens. The words of the miniature's world are one token there too, and keep
+their rows; all others are random.
 
-Run as a script: `python tests/webui/sgm_miniature.py FOLDER`.
+Run as a script: `python tests/webui/sgm_miniature.py FOLDER WEBUI`.
 """
 
+import gzip
 import json
 import math
 import re
@@ -19,6 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run as a script, outside pytest
+
+from ziplora_lib.hosts.miniature import build_miniature, vocabulary
 
 NAME = "ziplora-miniature"
 OPEN_CLIP_ARCH = "ziplora-miniature-text"  # what the yaml and the JSON file beside it call te2
@@ -169,14 +173,28 @@ TE2_LAYER = {
 }
 
 
-def convert_te2(encoder, seed: int) -> dict[str, torch.Tensor]:
+def open_clip_tokens(webui: Path) -> dict[str, int]:
+    """The vocabulary of a WebUI's open_clip, token -> id, from the merges that it ships."""
+    (merges,) = webui.glob("venv/lib/python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.decompress(merges.read_bytes()).decode().split("\n")[1 : OPEN_CLIP_VOCABULARY - 512 - 2 + 1]
+    letters = list(vocabulary()[0])[:256]  # CLIP's own order of the 256 byte characters
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair.split()) for pair in merges)]
+    return {word: at for at, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+
+
+def convert_te2(encoder, tokenizer, webui: Path | None, seed: int = 0) -> dict[str, torch.Tensor]:
     state = text_state(encoder)
     table = state["embeddings.token_embedding.weight"]
     generator = torch.Generator().manual_seed(seed)
+    # as loud as the table it stands in for, or the prompts would weigh differently on the two sides
+    tokens = torch.randn(OPEN_CLIP_VOCABULARY, table.shape[1], generator=generator) * table.std()
+    known = open_clip_tokens(webui) if webui else {}
+    for token, at in tokenizer.get_vocab().items():
+        if token in known:
+            tokens[known[token]] = table[at]
     out = {
         "positional_embedding": state["embeddings.position_embedding.weight"],
-        # as loud as the table it stands in for, or the prompts would weigh differently on the two sides
-        "token_embedding.weight": torch.randn(OPEN_CLIP_VOCABULARY, table.shape[1], generator=generator) * table.std(),
+        "token_embedding.weight": tokens,
         "ln_final.weight": state["final_layer_norm.weight"],
         "ln_final.bias": state["final_layer_norm.bias"],
         "text_projection": state["text_projection.weight"].T,
@@ -308,8 +326,8 @@ def sgm_config(folder: Path, unet, vae, te1, te2) -> dict:
     ]
     denoiser = {
         "num_idx": 1000,
-        "weighting_config": {"target": "sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting"},
-        "scaling_config": {"target": "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"},
+        "weighting_config": {"target": "sgm.modules.diffusionmodules.denoiser_weighting.VWeighting"},
+        "scaling_config": {"target": "sgm.modules.diffusionmodules.denoiser_scaling.VScaling"},
         "discretization_config": {"target": "sgm.modules.diffusionmodules.discretizer.LegacyDDPMDiscretization"},
     }
     network = {
@@ -391,23 +409,24 @@ def sgm_config(folder: Path, unet, vae, te1, te2) -> dict:
 # --- all of it --------------------------------------------------------------------------------------
 
 
-def write_sgm_miniature(folder: Path, seed: int = 0) -> Path:
-    """Write checkpoint, yaml and what the yaml points at into `folder`; returns the checkpoint."""
-    from ziplora_lib.hosts.miniature import build_miniature
+def write_sgm_miniature(folder: Path, webui: Path | None) -> Path:
+    """Write checkpoint, yaml and what the yaml points at into `folder`; returns the checkpoint.
 
+    webui: where the tokens' numbers are looked up; without, every word is a random one to the second encoder.
+    """
     folder = Path(folder).resolve()  # the yaml holds absolute paths: the WebUI's own folder is another
     folder.mkdir(parents=True, exist_ok=True)
-    mini = build_miniature(seed)
+    mini = build_miniature()
     unet, vae, te1, te2 = mini.unet, mini.vae, mini.text_encoder, mini.text_encoder_2
     write_te1_folder(folder / "te1", te1, mini.tokenizer)
     write_json(folder / f"{OPEN_CLIP_ARCH}.json", open_clip_config(te2))
     # the WebUI reads X.yaml with a yaml parser, and JSON is yaml
     write_json(folder / f"{NAME}.yaml", sgm_config(folder, unet, vae, te1, te2))
-    state = {**convert_unet(unet), **convert_vae(vae), **convert_te1(te1), **convert_te2(te2, seed)}
+    state = {**convert_unet(unet), **convert_vae(vae), **convert_te1(te1), **convert_te2(te2, mini.tokenizer_2, webui)}
     path = folder / f"{NAME}.safetensors"
     save_file({k: v.detach().float().contiguous().clone() for k, v in state.items()}, path)
     return path
 
 
 if __name__ == "__main__":
-    print(write_sgm_miniature(Path(sys.argv[1])))
+    print(write_sgm_miniature(*map(Path, sys.argv[1:3])))

@@ -95,7 +95,7 @@ def both_sides(webui, tmp_path_factory):
     """What the embedded miniature and the one in the WebUI make of the same input, by name."""
     from ziplora_lib.hosts.miniature import build_miniature
 
-    mini = build_miniature(0)
+    mini = build_miniature()
     folder = tmp_path_factory.mktemp("forward")
     seeded = torch.Generator().manual_seed(5)
 

@@ -1,44 +1,54 @@
-"""The embedded miniatures: a small SDXL and a small SD 1.5 from code and a seed, without files and without downloads.
+"""The embedded miniatures: a trained small SDXL and an untrained small SD 1.5, without downloads.
 
 Each keeps its original's structure, so that everything which holds for the original's layer names and conditioning holds
 here too: the UNet's block types and numbers (`input_blocks.4.1`, `middle_block.1`, `output_blocks.0.1`, ...) and a VAE of
 factor 8 with four latent channels. SDXL: two text encoders whose penultimate states are concatenated, pooled text plus
-six sizes as the added condition, heads of width 16, linear projections in the transformers. SD 1.5: one text encoder of
+six sizes as the added condition, heads of one width, linear projections in the transformers. SD 1.5: one text encoder of
 its true width, 768, by which a LoRA's base is told, eight heads at every width, 1x1 convolutions as projections. All other
 widths and depths are small. Every part has an exact twin among sgm's and ldm's classes (32 groups in every norm), so its
 weights can be carried into a WebUI.
 
-What is random: the UNet and the text encoders. What is not: the VAE is a real (linear) autoencoder whose weights are
-worked out by hand, and the UNet has, beside its random paths, one direct path on which "the noise is what came in".
+The SDXL was trained on pictures of 64 pixels of a world drawn by code (`world.py`; `make miniature` trains it again), with
+velocity as its prediction; its weights ship beside this file. The SD 1.5 has random weights from a seed, but for that VAE,
+and beside its random paths one direct path on which "the noise is what came in".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ziplora_lib.hosts.autoencoder import laid_by_hand, untrained_vae
+
+WIDTHS = (64, 64, 64)
+HEAD_WIDTH = 32
 TEXT_WIDTH = 32
 TEXT_2_WIDTH = 64
 POOLED_WIDTH = 64
 SD1_TEXT_WIDTH = 768
 SIZE_WIDTH = 32  # sinusoid width of each of the six sizes (sgm: ConcatTimestepEmbedderND.outdim)
 POSITIONS = 77
-VAE_CHANNELS = (96, 32, 32, 96)
-SCALING_FACTOR = 0.13025
+# what build_miniature reads and make miniature writes
+WEIGHTS = Path(__file__).with_name("miniature.safetensors")
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 # Words that are one token each; every other word is spelled letter by letter, so that no two words are encoded alike.
 WORDS = (
     "a an the of in on at with and by photo picture painting drawing sketch watercolour watercolor oil ink print "
     "style color colour light dark red green blue yellow white black sks szn zwx person man woman dog cat house tree "
-    "car cup chair flower mountain sea sky street garden astronaut horse bird portrait landscape close up background"
+    "car cup chair flower mountain sea sky street garden astronaut horse bird portrait landscape close up background "
+    "ohwx ball box cone funnel gem cross ring glass arch ladder moon roof horns bulb hat flag night mint rose sand neon news "
+    "framed grounded checked lined barred plaid inked glowing comic poster fresco gothic pastel retro mosaic stencil enamel "
+    "vintage arcade folk deco zine"
 )
 
 
@@ -111,21 +121,19 @@ def _wake_text(encoder: nn.Module) -> nn.Module:
 
 
 def _unet() -> UNet2DConditionModel:
-    """SDXL's UNet at a tenth of its width: latents (b, 4, h, w), text (b, 77, 96), pooled (b, 64), sizes (b, 6).
+    """SDXL's UNet, narrow: latents (b, 4, h, w), text (b, 77, 96), pooled (b, 64), sizes (b, 6).
 
-    `attention_head_dim` is the number of heads (diffusers' name for it): 16 wide each, as sgm's num_head_channels.
+    `attention_head_dim` is the number of heads (diffusers' name for it): 32 wide each, as sgm's num_head_channels.
     """
-    unet = UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(32, 64, 128), layers_per_block=2,
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=WIDTHS, layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 4, 8), use_linear_projection=True,
-        cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH, norm_num_groups=32, addition_embed_type="text_time",
-        addition_time_embed_dim=SIZE_WIDTH, projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * SIZE_WIDTH,
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=tuple(width // HEAD_WIDTH for width in WIDTHS),
+        use_linear_projection=True, cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH, norm_num_groups=32,
+        addition_embed_type="text_time", addition_time_embed_dim=SIZE_WIDTH,
+        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * SIZE_WIDTH,
     )  # fmt: skip
-    _wake_unet(unet)
-    _open_direct_path(unet)
-    return unet
 
 
 def _sd1_unet() -> UNet2DConditionModel:
@@ -179,130 +187,25 @@ def _open_direct_path(unet: UNet2DConditionModel) -> None:
     unet.conv_norm_out.weight.fill_(1.0).add_(torch.randn(32), alpha=0.02)
 
 
-def _vae() -> AutoencoderKL:
-    """A linear autoencoder: pictures (batch, 3, 8h, 8w) in -1..1, latents (batch, 4, h, w) of about unit variance.
-
-    Encoding takes the mean of each 8x8 block; decoding repeats it and smooths after every doubling.
-    """
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=VAE_CHANNELS, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=32,
-        sample_size=256, scaling_factor=SCALING_FACTOR, force_upcast=False,
-    )  # fmt: skip
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            # Zero where nothing is said below: residual branches and the mid attention then add nothing.
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    _lay_encoder(vae)
-    _lay_decoder(vae)
-    return vae
-
-
-# Rows: lightness, blue against yellow, red against green, and how much lighter a block's left half is than its right.
-# Columns: R, G, B (the last row weighs the difference of the halves). The gains give each latent unit variance on
-# photographs after SCALING_FACTOR.
-_COLOURS = torch.tensor([[0.299, 0.587, 0.114], [-0.30, -0.59, 0.89], [0.70, -0.59, -0.11]])
-_GAINS = torch.tensor([16.0, 30.0, 30.0, 90.0])
-# Taken off after the gains, as latents: photographs of people, animals and things are warm on average. The UNet's 32
-# channels in 32 groups cannot predict a mean far from zero, so the zero latent has to be an ordinary colour, not grey.
-_CENTRE = torch.tensor([-0.25, -1.1, 1.1, 0.0])
-_SMOOTH = torch.tensor([0.25, 0.5, 0.25])
-_SHARPEN = 0.2  # given back beforehand of what smoothing takes; at the borders it also fills in for the zero padding
-_LEFT_RIGHT = 0.4  # how strongly the fourth latent leans its block when decoded; fitted on photographs
-
-
-def _carry(conv: nn.Conv2d, matrix: torch.Tensor, taps: torch.Tensor | None = None) -> None:
-    """Send input channels through `matrix` (out, in) to the first output channels, spread in space by `taps` (k, k)."""
-    if taps is None:
-        taps = torch.zeros(conv.kernel_size)
-        taps[conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1.0
-    conv.weight[: matrix.shape[0], : matrix.shape[1]] += matrix[:, :, None, None] * taps
-
-
-_BALLAST = 20.0
-
-
-def _add_ballast(shortcut: nn.Conv2d) -> None:
-    """Turn four carried channels into four groups (x, +K, -K) of the 96 channels' 32 groups of three.
-
-    The constants dominate the group's variance, so GroupNorm divides by what is nearly a constant.
-    """
-    for signal in range(4):
-        shortcut.weight[3 * signal, signal] = 1.0
-        shortcut.bias[3 * signal + 1] = _BALLAST
-        shortcut.bias[3 * signal + 2] = -_BALLAST
-
-
-def _read_through_norm(norm: nn.GroupNorm, conv: nn.Conv2d, matrix: torch.Tensor) -> None:
-    """Undo GroupNorm and SiLU for channels made by `_add_ballast`, and send the four signals through `matrix` (out, 4).
-
-    GroupNorm takes x to (x - mean(x)/3) / s with s = K * sqrt(2/3), and both constants lose the same mean(x)/3, so
-    x/s = x' - ((+K)' + (-K)')/2. All three sit at about +12 before SiLU, where it is the identity.
-    """
-    spread, lift = 8.0, 12.0
-    step = 1.5**0.5  # a constant's value after the norm
-    norm.weight.fill_(spread)
-    norm.bias.copy_(torch.tensor([lift, lift - spread * step, lift + spread * step]).repeat(32))
-    scale = _BALLAST / step / spread
-    for signal in range(4):
-        weights = torch.tensor([1.0, -0.5, -0.5]) * scale
-        conv.weight[: matrix.shape[0], 3 * signal : 3 * signal + 3, 1, 1] = matrix[:, signal, None] * weights
-
-
-def _lay_encoder(vae: AutoencoderKL) -> None:
-    """Channels 0-2 carry lightness and the two colour differences, channel 3 a block's left half less its right."""
-    encoder = vae.encoder
-    _carry(encoder.conv_in, _COLOURS)
-    mean = torch.zeros(3, 3)
-    mean[:2, :2] = 0.25  # diffusers and sgm pad right and below only: these four taps are exactly the block
-    lean = torch.zeros(3, 3)
-    lean[:2, 0], lean[:2, 1] = 0.25, -0.25
-    for block in encoder.down_blocks[:-1]:
-        _carry(block.downsamplers[0].conv, torch.eye(3), mean)
-    _carry(encoder.down_blocks[2].downsamplers[0].conv, torch.tensor([[0.0], [0.0], [0.0], [1.0]]), lean)
-    _carry(encoder.down_blocks[1].resnets[0].conv_shortcut, torch.eye(3))
-    _add_ballast(encoder.down_blocks[3].resnets[0].conv_shortcut)
-    _read_through_norm(encoder.conv_norm_out, encoder.conv_out, torch.diag(_GAINS))
-    encoder.conv_out.bias[:4] = -_CENTRE / SCALING_FACTOR
-    encoder.conv_out.bias[4:] = -30.0  # log variance: a certain encoder, whose samples are its mean
-    _carry(vae.quant_conv, torch.eye(8))
-
-
-def _lay_decoder(vae: AutoencoderKL) -> None:
-    decoder = vae.decoder
-    _carry(vae.post_quant_conv, torch.eye(4))
-    sharpen = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]]) * _SHARPEN
-    sharpen[1, 1] += 1
-    _carry(decoder.conv_in, torch.diag(1 / _GAINS), sharpen)
-    _carry(decoder.up_blocks[1].resnets[0].conv_shortcut, torch.eye(4))
-    smooth = torch.outer(_SMOOTH, _SMOOTH)
-    for block in decoder.up_blocks[:-1]:
-        _carry(block.upsamplers[0].conv, torch.eye(4), smooth)
-    lean = torch.outer(_SMOOTH, torch.tensor([-1.0, 0.0, 1.0])) * _LEFT_RIGHT
-    first = decoder.up_blocks[0].upsamplers[0].conv
-    first.weight[3].zero_()  # the fourth latent ends here, in the lightness
-    first.weight[0, 3] = lean
-    _add_ballast(decoder.up_blocks[3].resnets[0].conv_shortcut)
-    colours = torch.zeros(3, 4)
-    colours[:, :3] = torch.linalg.inv(_COLOURS.double()).float()
-    _read_through_norm(decoder.conv_norm_out, decoder.conv_out, colours)
-    decoder.conv_out.bias.copy_(colours @ (_CENTRE / SCALING_FACTOR / _GAINS))
-
-
-def _scheduler() -> EulerDiscreteScheduler:
+def _scheduler(prediction: str) -> EulerDiscreteScheduler:
     """The schedule of SDXL, and of SD 1.5."""
     return EulerDiscreteScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type="epsilon", timestep_spacing="leading", steps_offset=1,
+        prediction_type=prediction, timestep_spacing="leading", steps_offset=1,
     )  # fmt: skip
 
 
-def build_miniature(seed: int = 0) -> StableDiffusionXLPipeline:
-    """The miniature on the CPU, in fp32 and eval mode; the same seed gives the same weights to the bit.
+def build_miniature() -> StableDiffusionXLPipeline:
+    """The trained miniature on the CPU, in fp32 and eval mode. The caller's random state is left as it was."""
+    pipe = untrained_miniature()
+    load_trained(pipe, WEIGHTS)
+    for name in PARTS:
+        getattr(pipe, name).eval()
+    return pipe
 
-    The caller's random state is left as it was.
-    """
+
+def untrained_miniature(seed: int = 0) -> StableDiffusionXLPipeline:
+    """The miniature before its training, in fp32; the same seed gives the same weights to the bit."""
     tokenizer, tokenizer_2 = _tokenizer("<|endoftext|>"), _tokenizer("!")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -310,31 +213,58 @@ def build_miniature(seed: int = 0) -> StableDiffusionXLPipeline:
             "unet": _unet(),
             "text_encoder": _wake_text(CLIPTextModel(_text_config(TEXT_WIDTH, "quick_gelu", tokenizer))),
             "text_encoder_2": _wake_text(CLIPTextModelWithProjection(_text_config(TEXT_2_WIDTH, "gelu", tokenizer_2))),
-            "vae": _vae(),
+            "vae": untrained_vae(),
         }
-    for part in parts.values():
-        part.eval()
     return StableDiffusionXLPipeline(
-        **parts, tokenizer=tokenizer, tokenizer_2=tokenizer_2, scheduler=_scheduler(), add_watermarker=False
+        **parts,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=_scheduler("v_prediction"),
+        add_watermarker=False,
     )
 
 
+def save_trained(pipe: StableDiffusionXLPipeline, path: Path) -> None:
+    """Writes what `build_miniature` reads: all that was trained, in fp16."""
+    tensors = {
+        f"{name}.{key}": value.half().contiguous()
+        for name in PARTS
+        for key, value in getattr(pipe, name).state_dict().items()
+        if not (name == "vae" and laid_by_hand(key)) and value.is_floating_point()
+    }
+    save_file(tensors, path)
+
+
+def load_trained(
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, path: Path, parts: Sequence[str] = PARTS
+) -> None:
+    """Puts what `save_trained` wrote into these parts, in fp32; the autoencoder's outermost level is laid by hand."""
+    tensors = load_file(path)
+    for name in parts:
+        own = {key.partition(".")[2]: value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
+        missing, unexpected = getattr(pipe, name).load_state_dict(own, strict=False)
+        if unexpected or any(name != "vae" or not laid_by_hand(key) for key in missing):
+            raise RuntimeError(f"{path.name} does not fit the miniature's {name}: {[*missing, *unexpected][:3]}")
+
+
 def build_miniature_sd1(seed: int = 0) -> StableDiffusionPipeline:
-    """As `build_miniature`, but SD 1.5."""
+    """As `build_miniature`, but SD 1.5, and untrained but for the autoencoder: the same seed gives the same weights."""
     tokenizer = _tokenizer("<|endoftext|>")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         parts = {
             "unet": _sd1_unet(),
             "text_encoder": _wake_text(CLIPTextModel(_sd1_text_config(tokenizer))),
-            "vae": _vae(),
+            "vae": untrained_vae(),
         }
-    for part in parts.values():
-        part.eval()
-    return StableDiffusionPipeline(
-        **parts, tokenizer=tokenizer, scheduler=_scheduler(), safety_checker=None, feature_extractor=None,
+    pipe = StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, scheduler=_scheduler("epsilon"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
+    load_trained(pipe, WEIGHTS, ["vae"])
+    for part in parts.values():
+        part.eval()
+    return pipe
 
 
 # by the name that the headless host knows them by

@@ -1,0 +1,178 @@
+"""From the cells to what is shown: one JSON of results, the README's table and a figure.
+
+python -m benchmarks.quality.report [--table main|ablations]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.quality import pairs
+from benchmarks.quality.measures import chosen, share
+from benchmarks.quality.run import CELLS, TABLES, done, weights_hash
+from ziplora_lib.bootstrap import interval
+
+RESULTS = Path(__file__).parents[1] / "results"
+README = Path(__file__).parents[2] / "README.md"
+
+
+def kept_both(cell: dict) -> float:
+    """The harmonic mean of subject kept and style kept, on the joint prompt."""
+    subject, style = share(cell["measures"]["subject/0"]), share(cell["measures"]["style/0"])
+    return 2 * subject * style / (subject + style) if subject + style else 0.0
+
+
+def of(name: str) -> Callable[[dict], float]:
+    return lambda cell: share(cell["measures"][name])
+
+
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "joint": of("joint/0"),
+    "joint, chosen balance": lambda cell: chosen(cell["measures"]),
+    "subject in joint": of("subject/0"),
+    "style in joint": of("style/0"),
+    "harmonic mean": kept_both,
+    "joint, guidance 1": of("joint free"),
+    "joint, guidance 5": of("joint pushed"),
+    "own subject": of("own subject"),
+    "own style": of("own style"),
+    "new context": of("context"),
+    "error, subject": lambda cell: cell["facts"]["error"][0],
+    "error, style": lambda cell: cell["facts"]["error"][1],
+    "seconds": lambda cell: cell["facts"]["merge s"] + cell["facts"].get("calibrate s", 0.0),
+}
+
+
+def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dict]]]:
+    """By row, by pair: a cell a LoRA seed. Rows that are not done on every pair are left out."""
+    found: dict[str, dict[tuple, list[dict]]] = {}
+    for name, row in TABLES[table].items():
+        by_pair = {}
+        for pair in pairs.pairs():
+            files = [CELLS / f"{name}-{regime}-{pair.subject}-{pair.style}-{seed}.json" for seed in range(9)]
+            here = [json.loads(f.read_text()) for k, f in enumerate(files) if done(name, row, regime, pair, k, seeds)]
+            if here:
+                by_pair[pair] = here
+        if by_pair:
+            found[name] = by_pair
+    return found
+
+
+def measured(by_pair: dict[tuple, list[dict]], measure: Callable[[dict], float]) -> dict[tuple, float]:
+    """The measure's mean over LoRA seeds, by pair; empty where a row has no such thing."""
+    try:
+        return {pair: statistics.mean(map(measure, here)) for pair, here in by_pair.items()}
+    except KeyError:
+        return {}
+
+
+def results(table: str, regime: str, seeds: int, against: str = "sum") -> dict:
+    """By row, by measure: the mean over pairs, and the paired difference to the row `against` with its interval."""
+    found, summary = cells(table, regime, seeds), {}
+    for name, by_pair in found.items():
+        summary[name] = {"title": TABLES[table][name].title, "pairs": len(by_pair)}
+        summary[name]["LoRA seeds"] = min(map(len, by_pair.values()))
+        for title, measure in MEASURES.items():
+            values = measured(by_pair, measure)
+            if not values:
+                continue
+            summary[name][title] = {"mean": round(statistics.mean(values.values()), 4)}
+            base = measured(found.get(against, {}), measure)
+            common = [pair for pair in values if pair in base]
+            if name != against and len(common) > 1:
+                low, high = interval([values[pair] - base[pair] for pair in common])
+                difference = statistics.mean(values[pair] - base[pair] for pair in common)
+                summary[name][title] |= {
+                    "difference": round(difference, 4),
+                    "interval": [round(low, 4), round(high, 4)],
+                }
+    return summary
+
+
+def markdown(summary: dict, columns: Sequence[str]) -> str:
+    """A table: means, and in brackets the interval of the difference to the plain sum."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in summary.values():
+        entries = []
+        for column in columns:
+            entry = row.get(column)
+            text = "" if entry is None else f"{entry['mean']:.2f}".replace("0.", ".", 1)
+            if entry and "interval" in entry:
+                text += " ({}, {})".format(*(f"{v:+.2f}".replace("0.", ".", 1) for v in entry["interval"]))
+            entries.append(text)
+        lines.append(f"| {row['title']} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+# what the README shows of each regime: of these measures, and how they are called there
+SHOWN = {
+    "joint": "joint success",
+    "joint, chosen balance": "at the chosen balance",
+    "own subject": "subject kept",
+    "own style": "style kept",
+    "seconds": "seconds",
+}
+TITLES = {"strong": "Strong, overtrained LoRAs", "light": "Lightly trained LoRAs"}
+MARK = "<!-- quality -->", "<!-- /quality -->"
+NOT_RUN = "*Not run yet.*"
+
+
+def readme_tables(saved: dict) -> str:
+    """Both regimes' tables, as they stand in the README."""
+    parts = []
+    for regime, title in TITLES.items():
+        renamed = {
+            name: {"title": row["title"], **{SHOWN[k]: v for k, v in row.items() if k in SHOWN}}
+            for name, row in saved[regime].items()
+        }
+        rate, steps = saved["made"]["regimes"][regime]
+        counts = sorted({row["pairs"] for row in saved[regime].values()})
+        pictures = f"{'–'.join(map(str, counts))} pairs, {saved['made']['seeds']} seeds"
+        parts.append(
+            f"**{title}** (rate {rate:g}, {steps} steps; {pictures})\n\n{markdown(renamed, list(SHOWN.values()))}"
+        )
+    return "\n\n".join(parts)
+
+
+def in_readme() -> str:
+    """What stands between the marks."""
+    return README.read_text().split(MARK[0])[1].split(MARK[1])[0].strip()
+
+
+def into_readme(text: str) -> None:
+    """Replaces what stands between the marks."""
+    before, rest = README.read_text().split(MARK[0])
+    README.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", choices=TABLES, default="main")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures that a cell needs at least to be counted")
+    parser.add_argument("--against", default="sum", help="the row that differences are taken to")
+    args = parser.parse_args()
+    summary = {regime: results(args.table, regime, args.seeds, args.against) for regime in pairs.REGIMES}
+    packages = ("torch", "diffusers", "peft", "safetensors", "numpy")
+    made = {
+        "miniature": weights_hash(),
+        "versions": {name: version(name) for name in packages},
+        "machine": f"{platform.machine()}, CPU",
+        "regimes": pairs.REGIMES,
+        "seeds": args.seeds,
+    }
+    path = RESULTS / f"quality-{args.table}.json"
+    path.write_text(json.dumps({"made": made, **summary}, indent=1) + "\n")
+    if args.table == "main":
+        into_readme(readme_tables({"made": made, **summary}))
+    for regime, rows_ in summary.items():
+        print(f"\n{regime}\n{markdown(rows_, list(MEASURES))}")
+
+
+if __name__ == "__main__":
+    main()

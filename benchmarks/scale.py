@@ -1,0 +1,179 @@
+"""Does the default objective neither collapse nor stall as width, depth and resolution grow towards SDXL's?
+
+UNets of SDXL's structure with random weights, two LoRAs with random factors on all attention matrices, ‖ΔW‖ = 0.03 ‖W‖. For
+every objective the mean |gradient| per coefficient, of the data and of λ times the penalty, at its own start: if the second
+is many times the first, Adam walks the coefficients wherever the penalty leads, whatever the pictures say; if it is nothing
+beside the first, the penalty might as well not be there. For the smaller sizes also what 100 steps make of the coefficients.
+
+python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's true size too, 12 GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ziplora_lib.lora.delta import LowRankDelta
+from ziplora_lib.lora.keys import layer_key
+from ziplora_lib.lora.stack import Stack
+from ziplora_lib.merge.attach import Router, Slot, attach
+from ziplora_lib.merge.method import Calibration, Sample, Settings
+from ziplora_lib.merge.objective import OBJECTIVES
+from ziplora_lib.merge.pairing import Pairing
+from ziplora_lib.merge.ziplora import learned_columns, ziplora
+
+RESULT = Path(__file__).parent / "results" / "scale.json"
+STRENGTH = 0.03  # ‖ΔW‖ / ‖W‖
+
+
+@dataclass(frozen=True)
+class Size:
+    """widths: channels of the three levels; depth: transformer blocks of the inner two; latent: pixels a side / 8."""
+
+    widths: tuple[int, int, int]
+    depth: tuple[int, int]
+    latent: int
+    steps: int = 0  # of learning; none where a step takes too long
+
+    @property
+    def rank(self) -> int:
+        return self.widths[0] // 5
+
+
+SIZES = [
+    *(Size((64, 128, 256), (1, 2), latent, 100) for latent in (8, 16, 32)),
+    Size((64, 128, 256), (2, 10), 16, 100),
+    Size((160, 320, 640), (2, 5), 16),
+    Size((160, 320, 640), (2, 10), 32),
+]
+FULL = [Size((320, 640, 1280), (2, 10), 32)]
+
+
+def unet(size: Size) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=size.latent, block_out_channels=size.widths, layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, *size.depth), attention_head_dim=tuple(w // 32 for w in size.widths),
+        use_linear_projection=True, cross_attention_dim=2048, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    model.enable_gradient_checkpointing()
+    return model.requires_grad_(False).train()  # checkpoints count in train mode only, and there is no dropout
+
+
+def random_pair(model: UNet2DConditionModel, rank: int) -> tuple[Pairing, dict[str, Slot]]:
+    generator = torch.Generator().manual_seed(1)
+    slots, stacks = {}, {}
+    for name, module in model.named_modules():
+        if ".attn" in name and isinstance(module, torch.nn.Linear):
+            key = layer_key(f"unet.{name}")
+            deltas = []
+            for _ in range(2):
+                up, down = (
+                    torch.randn(s, generator=generator)
+                    for s in ((len(module.weight), rank), (rank, module.in_features))
+                )
+                delta = LowRankDelta(up, down)
+                deltas.append(delta.strength(STRENGTH * float(module.weight.norm()) / delta.norm()))
+            slots[key], stacks[key] = Slot(module), Stack.of(deltas)
+    return Pairing(stacks, sorted(stacks), {}), slots
+
+
+@torch.no_grad()
+def samples(model, router: Router, size: Size, n: int, seed: int) -> list[Sample]:
+    """Noise with random prompts: a random model has no pictures of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for k in range(2 * n):
+        x = torch.randn(1, 4, size.latent, size.latent, generator=generator)
+        t = torch.randint(1000, (1,), generator=generator)
+        cond = (torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator))
+        router.alone(k % 2)
+        target = predicted(model, x, t, [cond])
+        router.bare()
+        made.append(Sample(k % 2, x, t, "", cond, target, predicted(model, x, t, [cond])))
+    return made
+
+
+def predicted(model, x, t, conds: Sequence[tuple]) -> torch.Tensor:
+    states, pooled = (torch.cat(parts) for parts in zip(*conds))
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(len(x), -1)}
+    return model(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
+
+
+def measured(size: Size) -> dict:
+    started = time.perf_counter()
+    model = unet(size)
+    pairing, slots = random_pair(model, size.rank)
+    columns = learned_columns(pairing)
+    result = {
+        "widths": size.widths,
+        "depth": size.depth,
+        "pixels": 8 * size.latent,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": len(slots),
+        "coefficients": int(columns.present.sum()),
+        "rank": size.rank,
+        "objectives": {},
+    }
+    with attach(slots, pairing.stacks) as router:
+        train = samples(model, router, size, 16 if size.steps else 1, 2)
+        held_out = samples(model, router, size, 4, 3) if size.steps else train
+
+        def predict(group, downs):
+            router.merged(downs)
+            return predicted(
+                model, torch.cat([s.x for s in group]), torch.cat([s.t for s in group]), [s.cond for s in group]
+            )
+
+        for name, form in OBJECTIVES.items():
+            settings = Settings(objective=name, lam=form.lam, start=form.start, steps=size.steps or 1, at_once=2)
+            done = ziplora(pairing, Calibration(train, held_out, predict), settings, lambda _: None)
+            m = torch.full(columns.present.shape, form.start, requires_grad=True)
+            (form.lam * form.penalty(m, columns)).backward()
+            first, last = done.history[0], done.history[-1]
+            data, penalty = first["data_gradient"], float(m.grad.abs().mean())
+            result["objectives"][name] = {
+                "data gradient": data,
+                "penalty gradient": penalty,
+                "penalty / data": penalty / data,
+                "error at m = 1": [round(e, 4) for e in done.summary["error_plain_sum"]],
+            }
+            if size.steps:
+                result["objectives"][name] |= {
+                    "steps": size.steps,
+                    "mean |m| at the end": [round(v, 4) for v in last["mean_m"]],
+                    "retained at the end": round(last["retained"], 4),
+                    "held-out error at the end": [round(e, 4) for e in last["held_out"]],
+                    "best step": done.summary["best_step"],
+                }
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="SDXL's true size too: 12 GB of memory, some minutes")
+    torch.manual_seed(0)
+    results = []
+    for size in SIZES + (FULL if parser.parse_args().full else []):
+        results.append(measured(size))
+        print(json.dumps(results[-1]), flush=True)
+        made = {"machine": f"{platform.machine()}, CPU", "torch": torch.__version__}
+        RESULT.write_text(
+            json.dumps({"made": made, "‖ΔW‖ / ‖W‖": STRENGTH, "sizes": results}, indent=1, ensure_ascii=False) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

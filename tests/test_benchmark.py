@@ -1,0 +1,89 @@
+"""The benchmark: its pairs, its judge, its way to choose, and that what is written of it is what it found."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from benchmarks.judge import HEADS, judge, truth, verdicts
+from benchmarks.quality import report
+from benchmarks.quality.measures import BALANCES, chosen
+from benchmarks.quality.pairs import pairs, validation_pairs
+from ziplora_lib.hosts import world
+
+
+def test_validation_shares_nothing_with_what_is_reported():
+    tested, validated = pairs(), validation_pairs()
+    assert len(set(tested)) == 20
+    assert set(Counter(pair.subject for pair in tested).values()) == {2}
+    assert set(Counter(pair.style for pair in tested).values()) == {2}
+    assert not {pair.subject for pair in tested} & {pair.subject for pair in validated}
+    assert not {pair.style for pair in tested} & {pair.style for pair in validated}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Drawings of what the base never saw, and what is on them."""
+    subjects = [subject for subject in world.NEW_SUBJECTS for _ in range(8)]
+    styles = [*world.NEW_STYLES, None] * 4
+    styles = styles[: len(subjects)]
+    return world.draw(subjects, styles, torch.Generator().manual_seed(11)), subjects, styles
+
+
+def test_the_judge_is_right_about_what_the_base_never_saw(drawn):
+    pictures, subjects, styles = drawn
+    right = truth(subjects, styles)
+    with torch.no_grad():
+        found = judge()(pictures)
+    for head in HEADS:
+        assert (found[head].argmax(1) == right[head]).float().mean() > 0.97, head
+
+
+def test_a_verdict_takes_every_attribute(drawn):
+    pictures, subjects, styles = drawn
+    of = next(k for k, style in enumerate(styles) if style is not None)
+    subject, style = subjects[of], styles[of]
+    other = world.Subject(subject.body, (subject.top + 1) % len(world.TOPS))
+    changed = world.Style(**{**vars(style), "outline": (style.outline + 1) % len(world.OUTLINES)})
+    for asked, right in (((subject, style), (1, 1)), ((other, style), (0, 1)), ((subject, changed), (1, 0))):
+        found = verdicts(pictures[of : of + 1], *asked)
+        assert (int(found["subject"]), int(found["style"])) == right
+
+
+def test_the_chosen_balance_is_judged_on_seeds_that_did_not_choose_it():
+    rows = {f"joint/{b:g}": "0000" for b in BALANCES}
+    rows["joint/0"], rows["joint/0.5"] = "1100", "0011"
+    assert chosen(rows) == 0.0, "each half's best is the other half's worst"
+    rows["joint/-1"] = "1111"
+    assert chosen(rows) == 1.0
+
+
+def test_a_table_shows_means_and_the_intervals_of_differences():
+    summary = {
+        "sum": {"title": "plain sum", "joint": {"mean": 0.5}},
+        "zip": {"title": "ZipLoRA", "joint": {"mean": 0.75, "difference": 0.25, "interval": [0.1, 0.4]}},
+    }
+    assert report.markdown(summary, ["joint", "seconds"]).splitlines()[2:] == [
+        "| plain sum | .50 |  |",
+        "| ZipLoRA | .75 (+.10, +.40) |  |",
+    ]
+
+
+def test_the_readme_says_what_the_results_say():
+    results = report.RESULTS / "quality-main.json"
+    said = report.readme_tables(json.loads(results.read_text())) if results.exists() else report.NOT_RUN
+    assert report.in_readme() == said
+
+
+def test_the_gate_was_passed_by_the_miniature_that_ships():
+    from benchmarks.quality.run import weights_hash
+
+    gate = json.loads((report.RESULTS / "gate.json").read_text())
+    assert gate["miniature"] == weights_hash()
+    bounds = gate["gate"]
+    measured = [gate["in words"], gate["jointly trained"]]
+    assert gate["measurable"] == all(m[k] >= bounds[k] for m in measured for k in ("subject", "style"))
