@@ -229,8 +229,8 @@ def test_weights_in_half_precision_are_worked_out_too(webui, lycoris_network, na
 
 def test_what_the_webui_cannot_load_is_refused_with_its_reason(webui, zero):
     layer = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{layer}.lora_up.weight": torch.ones(128, 2), f"{layer}.lora_down.weight": torch.ones(2, 128)}
-    tensors["lora_unet_middle_block_1_norm.w_norm"] = torch.ones(128)  # without b_norm
+    tensors = {f"{layer}.lora_up.weight": torch.ones(64, 2), f"{layer}.lora_down.weight": torch.ones(2, 64)}
+    tensors["lora_unet_middle_block_1_norm.w_norm"] = torch.ones(64)  # without b_norm
     save_file(tensors, webui.lora_dir / "odd.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
     webui.post("/sdapi/v1/refresh-loras")
     parents = [{"lora": "odd", "role": "subject", "prompt": "a"}, {"lora": zero, "role": "style", "prompt": "b"}]
