@@ -21,31 +21,28 @@ try: $(VENV)/.headless
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-$(VENV)/.benchmarks: pyproject.toml $(VENV)/.headless
-	$(BIN)/pip install --quiet --editable ".[headless,benchmarks]"
-	touch $@
-
-# trains the miniature again, and those who judge its pictures: about an hour on two cores
+# trains the miniature again, and who judges its pictures
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2
-miniature: $(VENV)/.benchmarks
+miniature: $(VENV)/.headless
 	mkdir -p benchmarks/.cache
 	$(TOGETHER) -m benchmarks.miniature.autoencoder benchmarks/.cache/vae.safetensors
 	$(TOGETHER) -m benchmarks.miniature.base benchmarks/.cache/vae.safetensors ziplora_lib/hosts/miniature.safetensors
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.judge
 
-gate: $(VENV)/.benchmarks
+gate: $(VENV)/.headless
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
 
-# goes on where it was broken off; see benchmarks/README.md for what it takes
-bench-quality: $(VENV)/.benchmarks
+# goes on where it was broken off
+bench-quality: $(VENV)/.headless
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.grid
 	$(BIN)/python -m benchmarks.quality.run
 	$(BIN)/python -m benchmarks.quality.report
 
-bench-ablations: $(VENV)/.benchmarks
+bench-ablations: $(VENV)/.headless
 	$(BIN)/python -m benchmarks.quality.run --table ablations --pairs 8 --lora-seeds 1 --seeds 16
 	$(BIN)/python -m benchmarks.quality.report --table ablations --seeds 16 --against default
 
-bench-scale: $(VENV)/.benchmarks
+bench-scale: $(VENV)/.headless
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.scale --full
 
 lint: $(VENV)/.test

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -13,9 +11,6 @@ from torch import Tensor
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.autoencoder import InnerLevels
 from ziplora_lib.hosts.diffusers import DiffusersHost
-from ziplora_lib.lora.reader import read
-from ziplora_lib.merge.attach import attach
-from ziplora_lib.merge.pairing import pair
 
 STEPS = 10
 AT_ONCE = 32
@@ -51,14 +46,3 @@ def _sampled(host, cond, empty, seeds, guidance, steps) -> Tensor:
     # the outermost level only repeats dots: without it decoding takes an eighth of the time
     dots = InnerLevels(vae).decode(vae.post_quant_conv(x / vae.config.scaling_factor))
     return dots.clamp(-1, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
-
-
-@contextmanager
-def loaded(host: DiffusersHost, path: Path) -> Iterator[None]:
-    """A LoRA file on the host's model, at strength 1."""
-    lora = read(path)
-    slots = host.slots([*lora.deltas])
-    pairing = pair([lora], [1.0], {key: slot.shape for key, slot in slots.items()})
-    with attach(slots, pairing.stacks, pairing.vectors) as router:
-        router.merged()
-        yield

@@ -5,7 +5,7 @@ every objective the mean |gradient| per coefficient, of the data and of λ times
 is many times the first, Adam walks the coefficients wherever the penalty leads, whatever the pictures say; if it is nothing
 beside the first, the penalty might as well not be there. For the smaller sizes also what 100 steps make of the coefficients.
 
-python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's true size too, 12 GB
+python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's true size too: over 10 GB of weights
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def measured(size: Size) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="SDXL's true size too: 12 GB of memory, some minutes")
+    parser.add_argument("--full", action="store_true", help="SDXL's true size too: over 10 GB of weights")
     torch.manual_seed(0)
     results = []
     for size in SIZES + (FULL if parser.parse_args().full else []):

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from benchmarks.judge import HEADS, judge, truth, verdicts
 from benchmarks.quality import report
 from benchmarks.quality.measures import BALANCES, chosen
-from benchmarks.quality.pairs import pairs, validation_pairs
+from benchmarks.quality.pairs import pairs, validation_pairs, weights_hash
 from ziplora_lib.hosts import world
 
 
@@ -80,8 +80,6 @@ def test_the_readme_says_what_the_results_say():
 
 
 def test_the_gate_was_passed_by_the_miniature_that_ships():
-    from benchmarks.quality.run import weights_hash
-
     gate = json.loads((report.RESULTS / "gate.json").read_text())
     assert gate["miniature"] == weights_hash()
     bounds = gate["gate"]

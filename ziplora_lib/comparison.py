@@ -12,7 +12,7 @@ from ziplora_lib.hosts.host import Host
 from ziplora_lib.job import preflight, prepare
 from ziplora_lib.lora.reader import read
 from ziplora_lib.merge.attach import attach
-from ziplora_lib.merge.pairing import pair
+from ziplora_lib.opening import attached
 from ziplora_lib.recipe import Recipe
 
 
@@ -24,9 +24,6 @@ def row_labels(recipe: Recipe) -> list[str]:
 def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -> list[list[Image.Image]]:
     """Pictures of the recipe's preview prompt, rows as labelled, a column a seed; the last row from the saved file."""
     parents = preflight(recipe.copy(update={"overwrite": True}), host)
-    file = read(merged)
-    slots = host.slots([*file.deltas, *file.vectors])
-    saved = pair([file], [1.0], {key: slot.shape for key, slot in slots.items()})
 
     def row() -> list[Image.Image]:
         settings = (recipe.resolution, recipe.sampler_steps, recipe.guidance)
@@ -40,7 +37,6 @@ def comparison(recipe: Recipe, merged: Path, host: Host, seeds: Sequence[int]) -
             for choose in (router.bare, *each_alone, router.merged):
                 choose()
                 rows.append(row())
-        with attach(slots, saved.stacks, saved.vectors) as router:
-            router.merged()
+        with attached(read(merged), host):
             rows.append(row())
     return rows

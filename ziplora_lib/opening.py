@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ziplora_lib.errors import BadInput, Stopped
@@ -11,7 +12,9 @@ from ziplora_lib.lora.delta import DenseDelta
 from ziplora_lib.lora.keys import listed
 from ziplora_lib.lora.limit import Loss
 from ziplora_lib.lora.reader import Lora
+from ziplora_lib.merge.attach import Router, attach
 from ziplora_lib.merge.method import Callback
+from ziplora_lib.merge.pairing import pair
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,14 @@ def opened(loras: Sequence[Lora], host: Host, rank: int | None, callback: Callba
         loss = Loss.of(lost, energies) if lost else None
         result.append(Opened(replace(lora, deltas=dict(sorted(deltas.items())), dense={}), loss, left_out))
     return result
+
+
+@contextmanager
+def attached(lora: Lora, host: Host) -> Iterator[Router]:
+    """One LoRA on the host's model, whole and at strength 1, as a prompt with its tag has it. Needs the host's session."""
+    slots = host.slots([*lora.layers, *lora.vectors])
+    [whole] = opened([lora], host, None, lambda _: None)
+    layers = pair([whole.lora], [1.0], {key: slot.shape for key, slot in slots.items()})
+    with attach(slots, layers.stacks, layers.vectors) as router:
+        router.merged()
+        yield router

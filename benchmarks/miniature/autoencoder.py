@@ -83,4 +83,4 @@ def _edges(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1400, *map(Path, sys.argv[3:]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1300, *map(Path, sys.argv[3:]))

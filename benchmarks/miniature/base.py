@@ -145,5 +145,5 @@ def _set(parameters, values) -> None:
 
 if __name__ == "__main__":
     main(
-        Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 3200, *map(Path, sys.argv[4:])
+        Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 3300, *map(Path, sys.argv[4:])
     )

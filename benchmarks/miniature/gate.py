@@ -18,11 +18,12 @@ import torch
 
 from benchmarks import sampling
 from benchmarks.judge import verdicts
-from benchmarks.quality.pairs import JOINT_STEPS, Pair, joint_file, pairs
-from benchmarks.quality.run import weights_hash
+from benchmarks.quality.pairs import JOINT_STEPS, Pair, joint_file, pairs, weights_hash
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import joint_prompt
+from ziplora_lib.lora.reader import read
+from ziplora_lib.opening import attached
 
 SUBJECT, STYLE = 0.6, 0.8
 GUIDANCE = 3.0
@@ -43,7 +44,7 @@ def jointly_trained(host: DiffusersHost, pairs: Sequence[Pair], seeds: Sequence[
     """The benchmark's own upper bound: one LoRA trained on the pictures of both."""
     rows = []
     for pair in pairs:
-        with sampling.loaded(host, joint_file(pair, 0)):
+        with attached(read(joint_file(pair, 0)), host):
             rows.append(verdicts(sampling.pictures(host, joint_prompt(pair.shown[0]), seeds, GUIDANCE), *pair.shown))
         print(pair.name, {k: round(float(v.float().mean()), 2) for k, v in rows[-1].items()}, flush=True)
     return _shares(rows)

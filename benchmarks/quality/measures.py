@@ -12,7 +12,7 @@ from benchmarks.judge import verdicts
 from benchmarks.quality.pairs import Pair
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
-from ziplora_lib.hosts.samples import joint_prompt, style_prompt, subject_prompt, subject_words
+from ziplora_lib.hosts.samples import joint_prompt, style_prompt, style_subjects, subject_prompt, subject_words
 from ziplora_lib.merge import balance
 
 GUIDANCE = 3.0
@@ -20,11 +20,14 @@ BALANCES = balance.points(5)
 Choose = Callable[[float], None]  # sets the balance; what else is attached stays
 
 
-def measured(host: DiffusersHost, pair: Pair, choose: Choose, seeds: int, balances: bool = True) -> dict:
+def measured(
+    host: DiffusersHost, pair: Pair, lora_seed: int, choose: Choose, seeds: int, balances: bool = True
+) -> dict[str, str]:
     """Each measure: for every seed 1 or 0, as a string of digits.
 
     joint/B: subject and style, both prompts' words together, at balance B; subject/B, style/B: each of the two there;
-    joint free, joint pushed: without guidance, and with more of it; own subject, own style: on each LoRA's own prompt;
+    joint free, joint pushed: without guidance, and with more of it; own subject, own style: on each LoRA's own
+    prompt, the style's with subjects that its pictures did not show;
     context: the subject in a style that the base model knows by name.
     """
     subject, style = pair.shown
@@ -44,9 +47,9 @@ def measured(host: DiffusersHost, pair: Pair, choose: Choose, seeds: int, balanc
         rows[name] = digits(found["subject"] & found["style"])
     few = max(4, seeds // 2)
     rows["own subject"] = digits(verdicts(shown(subject_prompt(subject), few), subject, None)["subject"])
-    # subjects that the style's pictures did not show, most likely
-    known = [world.KNOWN_SUBJECTS[(7 * pair.style + 5 * k) % len(world.KNOWN_SUBJECTS)] for k in range(2)]
-    own = [verdicts(shown(style_prompt(other), few // 2), None, style)["style"] for other in known]
+    taught = style_subjects(lora_seed)
+    others = [known for known in world.KNOWN_SUBJECTS if known not in taught][pair.style :: 10][:2]
+    own = [verdicts(shown(style_prompt(other), few // 2), None, style)["style"] for other in others]
     rows["own style"] = digits(torch.cat(own))
     name, named = list(world.NAMED_STYLES.items())[pair.style % len(world.NAMED_STYLES)]
     context = verdicts(shown(f"{subject_words(subject)} in {name} style", few), subject, named)

@@ -6,6 +6,7 @@ with them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +15,17 @@ from pathlib import Path
 import torch
 
 from ziplora_lib.hosts import world
+from ziplora_lib.hosts.miniature import WEIGHTS
 from ziplora_lib.hosts.samples import Training, style_training, subject_training, train
 from ziplora_lib.hosts.world import Style, Subject
 
-CACHE = Path(__file__).parents[1] / ".cache"
+
+def weights_hash() -> str:
+    """Which miniature: what was made with another one counts for nothing."""
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+
+
+CACHE = Path(__file__).parents[1] / ".cache" / weights_hash()
 LORAS = CACHE / "loras"
 JOINT_STEPS = 400
 # how a LoRA is trained, learning rate and steps: lightly, and overtrained (1,000 steps, as in arXiv 2311.13600)
@@ -61,14 +69,14 @@ def files(pair: Pair, regime: str, seed: int) -> tuple[Path, Path]:
 
 def joint_file(pair: Pair, seed: int) -> Path:
     """One LoRA trained on both at once: what a merge can hope for."""
-    path = LORAS / f"joint-{pair.subject}-{pair.style}-{seed}.safetensors"
-    return path if path.exists() else train(joint_training(*pair.shown, path.stem, seed), LORAS, JOINT_STEPS)[-1]
+    path = LORAS / f"joint-{pair.subject}-{pair.style}-{seed}-{JOINT_STEPS}.safetensors"
+    return path if path.exists() else train(joint_training(*pair.shown, path.stem, seed), LORAS, JOINT_STEPS)
 
 
 def _file(name: str, regime: str, training: Callable[..., Training]) -> Path:
     lr, steps = REGIMES[regime]
-    path = LORAS / f"{name}-{regime}.safetensors"
-    return path if path.exists() else train(training(name=path.stem, lr=lr), LORAS, steps)[-1]
+    path = LORAS / f"{name}-{regime}-{lr:g}-{steps}.safetensors"
+    return path if path.exists() else train(training(name=path.stem, lr=lr), LORAS, steps)
 
 
 def joint_training(subject: Subject, style: Style, name: str, seed: int = 0) -> Training:

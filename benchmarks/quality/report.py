@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.quality import pairs
 from benchmarks.quality.measures import chosen, share
-from benchmarks.quality.run import CELLS, TABLES, done, weights_hash
+from benchmarks.quality.run import CELLS, TABLES, done
 from ziplora_lib.bootstrap import interval
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -160,7 +160,7 @@ def main() -> None:
     summary = {regime: results(args.table, regime, args.seeds, args.against) for regime in pairs.REGIMES}
     packages = ("torch", "diffusers", "peft", "safetensors", "numpy")
     made = {
-        "miniature": weights_hash(),
+        "miniature": pairs.weights_hash(),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, CPU",
         "regimes": pairs.REGIMES,

@@ -16,14 +16,16 @@ from benchmarks.quality.pairs import Pair, files, joint_file
 from ziplora_lib import calibration, job
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
-from ziplora_lib.hosts.samples import style_prompt, subject_prompt
+from ziplora_lib.hosts.samples import style_prompt, style_subjects, subject_prompt
 from ziplora_lib.lora.delta import DenseDelta
 from ziplora_lib.lora.reader import read
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.method import Calibration
-from ziplora_lib.merge.pairing import Pairing, pair
+from ziplora_lib.merge.objective import OBJECTIVES
+from ziplora_lib.merge.pairing import Pairing
+from ziplora_lib.opening import attached
 from ziplora_lib.recipe import Recipe, parse
 
 ROLES = ["subject", "style"]
@@ -35,8 +37,7 @@ SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 3.0, "checkp
 def fields_of(chosen: Pair, regime: str, seed: int) -> dict:
     """The recipe of a merge of this pair, with all that is default left out."""
     subject, style = files(chosen, regime, seed)
-    # a subject that the style's LoRA did not see: its user's prompt, not its training's
-    words = style_prompt(world.KNOWN_SUBJECTS[(11 * chosen.style + 3) % len(world.KNOWN_SUBJECTS)])
+    words = style_prompt(style_subjects(seed)[0])  # one of the prompts it was trained with
     parents = [
         {"lora": str(subject), "role": "subject", "prompt": subject_prompt(chosen.shown[0])},
         {"lora": str(style), "role": "style", "prompt": words},
@@ -140,12 +141,8 @@ PEFT = {"ties": ties, "dare": dare_linear}
 @contextmanager
 def jointly(on: Opened) -> Iterator[Shown]:
     """One LoRA trained on the pictures of both."""
-    (lora,) = [read(joint_file(on.pair, on.seed))]
-    slots = on.host.slots([*lora.deltas])
-    stacks = pair([lora], [1.0], {key: slot.shape for key, slot in slots.items()}).stacks
     on.router.bare()
-    with attach(slots, stacks) as router:
-        router.merged()
+    with attached(read(joint_file(on.pair, on.seed)), on.host):
         yield Shown(lambda _: None, balances=False)
 
 
@@ -158,14 +155,17 @@ class Row:
     fields: dict = field(default_factory=dict)
 
     def spec(self) -> str:
-        return json.dumps([self.make.__name__, self.fields], sort_keys=True)
+        """All that decides its cells beside the LoRAs and the miniature: a new default makes them anew."""
+        forms = {n: (o.error.__name__, o.penalty.__name__, o.lam, o.start) for n, o in OBJECTIVES.items()}
+        defaults = {name: field.default for name, field in Recipe.__fields__.items()}
+        return json.dumps([self.make.__name__, self.fields, SMALL, forms, defaults], sort_keys=True)
 
 
 ROWS = {
     "subject": Row("subject LoRA alone", alone, {"parent": 0}),
     "style": Row("style LoRA alone", alone, {"parent": 1}),
     "sum": Row("plain sum", summed),
-    "average": Row("average (.5, .5)", summed, {"weights": (0.5, 0.5)}),
+    "average": Row("average (.5, .5)", merged, {"method": "average"}),
     "grid": Row("best fixed strengths", best_fixed),
     "ziplora": Row("**ZipLoRA, default**", merged, {"method": "ziplora"}),
     "paper": Row("ZipLoRA, `paper`", merged, {"method": "ziplora", "objective": "paper"}),

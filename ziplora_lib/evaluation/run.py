@@ -22,11 +22,10 @@ from ziplora_lib.evaluation.pairs import PLAIN_SUM, STYLE_ALONE, SUBJECT_ALONE, 
 from ziplora_lib.evaluation.scoring import judged, summary
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.job import preflight, prepare, run
-from ziplora_lib.lora.reader import Lora, read
+from ziplora_lib.lora.reader import read
 from ziplora_lib.merge.attach import attach
-from ziplora_lib.merge.pairing import pair as stacked
 from ziplora_lib.merge.pairing import refuse_unfit
-from ziplora_lib.opening import opened
+from ziplora_lib.opening import attached
 from ziplora_lib.pictures import strip
 from ziplora_lib.recipe import Recipe, parse
 
@@ -111,14 +110,9 @@ def check(pairs: Sequence[Pair], plan: Plan, host: Host) -> None:
         for method in ("direct", *plan.methods):
             preflight(plan.recipe(pair, method), host)
         for file in pair.merged.values():
-            _unfit(read(Path(file)), host)
-
-
-def _unfit(lora: Lora, host: Host) -> dict:
-    """Raises BadInput for a LoRA that is none of the host's model; returns the slots of its layers."""
-    slots, model = host.slots([*lora.layers, *lora.vectors]), host.model()
-    refuse_unfit(lora, {key: slot.shape for key, slot in slots.items()}, model.name, model.base)
-    return slots
+            lora, model = read(Path(file)), host.model()
+            shapes = {key: slot.shape for key, slot in host.slots([*lora.layers, *lora.vectors]).items()}
+            refuse_unfit(lora, shapes, model.name, model.base)
 
 
 def evaluated(
@@ -166,14 +160,8 @@ def evaluated(
         merged[method] = {"learned": result.learned, "warnings": result.warnings}
     for row, file in files.items():
         lora = read(Path(file))
-        slots = _unfit(lora, host)
-        with host.session(plain), host.embeddings([lora]):
-            [whole] = opened([lora], host, None, lambda _: None)
-            shapes = {key: slot.shape for key, slot in slots.items()}
-            layers = stacked([whole.lora], [1.0], shapes)
-            with attach(slots, layers.stacks, layers.vectors) as router:
-                router.merged()
-                rows[row], thumbnails[row] = draw(row, pair.prompts)
+        with host.session(plain), host.embeddings([lora]), attached(lora, host):
+            rows[row], thumbnails[row] = draw(row, pair.prompts)
         merged[row] = {"file": lora.path.name, "sha256": lora.hash, **merged.get(row, {})}
     thresholds = judged(rows, {role: [p[role] for p in own[role]] for role in own}, plan.shares)
     labels = [f"{prompt[:30]}, seed {seed}" for prompt in pair.prompts for seed in plan.seeds]

@@ -51,16 +51,16 @@ def lay_outer_level(vae: AutoencoderKL) -> None:
             nn.init.zeros_(module.bias)
     repeat = decoder.up_blocks[2].upsamplers[0].conv
     nn.init.zeros_(repeat.bias)
-    taps = torch.zeros(3, 3)
-    taps[1, 1] = 1.0
-    repeat.weight.mul_(taps)
+    middle = torch.zeros(3, 3)
+    middle[1, 1] = 1.0
+    repeat.weight.mul_(middle)
     repeat.weight[3:] = 0.0
     mean = torch.zeros(3, 3)
     mean[:2, :2] = 0.25  # diffusers and sgm pad right and below only: these four taps are exactly the dot
-    _carry(encoder.conv_in, torch.eye(3))
-    _carry(encoder.down_blocks[0].downsamplers[0].conv, torch.eye(3), mean)
-    _add_ballast(last.resnets[0].conv_shortcut, 3)
-    _read_through_norm(decoder.conv_norm_out, decoder.conv_out, torch.eye(3))
+    _carry(encoder.conv_in, middle)
+    _carry(encoder.down_blocks[0].downsamplers[0].conv, mean)
+    _add_ballast(last.resnets[0].conv_shortcut)
+    _read_through_norm(decoder.conv_norm_out, decoder.conv_out)
 
 
 class InnerLevels(nn.Module):
@@ -106,30 +106,27 @@ def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
         vae.post_quant_conv.bias[:] = mean
 
 
-def _carry(conv: nn.Conv2d, matrix: torch.Tensor, taps: torch.Tensor | None = None) -> None:
-    """Send input channels through `matrix` (out, in) to the first output channels, spread in space by `taps` (k, k)."""
-    if taps is None:
-        taps = torch.zeros(conv.kernel_size)
-        taps[conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1.0
-    conv.weight[: matrix.shape[0], : matrix.shape[1]] += matrix[:, :, None, None] * taps
+def _carry(conv: nn.Conv2d, taps: Tensor) -> None:
+    """Pass the three colours on in the first channels, spread in space by `taps` (k, k)."""
+    conv.weight[:3, :3] = torch.eye(3)[:, :, None, None] * taps
 
 
 _BALLAST = 20.0
 
 
-def _add_ballast(shortcut: nn.Conv2d, signals: int = 4) -> None:
-    """Turn four carried channels into four groups (x, +K, -K) of the 96 channels' 32 groups of three.
+def _add_ballast(shortcut: nn.Conv2d) -> None:
+    """Turn the three carried colours into three groups (x, +K, -K) of the 96 channels' 32 groups of three.
 
     The constants dominate the group's variance, so GroupNorm divides by what is nearly a constant.
     """
-    for signal in range(signals):
+    for signal in range(3):
         shortcut.weight[3 * signal, signal] = 1.0
         shortcut.bias[3 * signal + 1] = _BALLAST
         shortcut.bias[3 * signal + 2] = -_BALLAST
 
 
-def _read_through_norm(norm: nn.GroupNorm, conv: nn.Conv2d, matrix: torch.Tensor) -> None:
-    """Undo GroupNorm and SiLU for channels made by `_add_ballast`, and send the four signals through `matrix` (out, 4).
+def _read_through_norm(norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
+    """Undo GroupNorm and SiLU for channels made by `_add_ballast`, and give out the three colours.
 
     GroupNorm takes x to (x - mean(x)/3) / s with s = K * sqrt(2/3), and both constants lose the same mean(x)/3, so
     x/s = x' - ((+K)' + (-K)')/2. All three sit at about +12 before SiLU, where it is the identity.
@@ -139,6 +136,5 @@ def _read_through_norm(norm: nn.GroupNorm, conv: nn.Conv2d, matrix: torch.Tensor
     norm.weight.fill_(spread)
     norm.bias.copy_(torch.tensor([lift, lift - spread * step, lift + spread * step]).repeat(32))
     scale = _BALLAST / step / spread
-    for signal in range(matrix.shape[1]):
-        weights = torch.tensor([1.0, -0.5, -0.5]) * scale
-        conv.weight[: matrix.shape[0], 3 * signal : 3 * signal + 3, 1, 1] = matrix[:, signal, None] * weights
+    for signal in range(3):
+        conv.weight[signal, 3 * signal : 3 * signal + 3, 1, 1] = torch.tensor([1.0, -0.5, -0.5]) * scale

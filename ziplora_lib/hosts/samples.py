@@ -5,6 +5,7 @@ word, and a style that it does not know, taught by eight pictures and another wo
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +26,11 @@ from ziplora_lib.hosts.world import Style, Subject
 SUBJECT_WORD, STYLE_WORD = "sks", "szn"
 SUBJECT_PICTURES, STYLE_PICTURES = 8, 8
 
-# What kohya's trainer adapts by default: the linear layers of the transformers.
-TRANSFORMERS = (
-    r".*\.attentions\..*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)|.*\.attentions\.\d\.proj_(in|out)"
-)
 # Every layer except two: up_blocks.0's upsampler, whose name in diffusers' spelling the WebUI translates wrongly for
 # SDXL (to output_blocks_2_1, which is a transformer there), and the embedding of sizes, which it does not translate.
-EVERY_LAYER = (
-    TRANSFORMERS
-    + r"|.*\.resnets\..*\.(conv1|conv2|conv_shortcut|time_emb_proj)|conv_in|conv_out|time_embedding\.linear_[12]"
+_UNET = (
+    r".*\.attentions\..*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)|.*\.attentions\.\d\.proj_(in|out)"
+    r"|.*\.resnets\..*\.(conv1|conv2|conv_shortcut|time_emb_proj)|conv_in|conv_out|time_embedding\.linear_[12]"
     r"|down_blocks\..*\.downsamplers\.0\.conv|up_blocks\.1\.upsamplers\.0\.conv"
 )
 _TEXT = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -46,7 +43,6 @@ class Training:
     name: str
     pictures: Tensor
     captions: Sequence[str]
-    layers: str = EVERY_LAYER
     text_encoders: bool = False
     rank: int = 8
     alpha: float = 8.0
@@ -82,14 +78,23 @@ def subject_training(subject: Subject, name: str = "subject", seed: int = 0, **o
 def style_training(style: Style, name: str = "style", seed: int = 0, **options) -> Training:
     """Pictures of known subjects in one style, each "a … with … in szn style"."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(world.KNOWN_SUBJECTS), generator=generator)[:STYLE_PICTURES]
-    shown = [world.KNOWN_SUBJECTS[i] for i in order]
+    shown = _some_known(generator)
     pictures = world.draw(shown, [style] * STYLE_PICTURES, generator)
     return Training(name, pictures, [style_prompt(subject) for subject in shown], seed=seed, **options)
 
 
-def train(training: Training, folder: Path, steps: int, also_at: Sequence[int] = ()) -> list[Path]:
-    """Trains on the miniature and writes `NAME.safetensors`, and before it `NAME-STEP.safetensors` at the steps of also_at.
+def style_subjects(seed: int) -> list[Subject]:
+    """The subjects on a style's pictures."""
+    return _some_known(torch.Generator().manual_seed(seed))
+
+
+def _some_known(generator: torch.Generator) -> list[Subject]:
+    order = torch.randperm(len(world.KNOWN_SUBJECTS), generator=generator)[:STYLE_PICTURES]
+    return [world.KNOWN_SUBJECTS[i] for i in order]
+
+
+def train(training: Training, folder: Path, steps: int) -> Path:
+    """Trains on the miniature and writes `NAME.safetensors`; returns it.
 
     The same seed, machine and number of threads give the same bytes; the caller's random state is left as it was.
     """
@@ -98,20 +103,16 @@ def train(training: Training, folder: Path, steps: int, also_at: Sequence[int] =
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(training.seed)
         trained = _add_adapters(pipe, training)
-        written = []
-        for step in _fitted(pipe, training, trained, steps):
-            if step in also_at or step == steps:
-                name = training.name if step == steps else f"{training.name}-{step}"
-                written.append(folder / f"{name}.safetensors")
-                part = written[-1].with_suffix(".part")  # a broken run leaves no half of a file
-                save_file(_kohya_layers(pipe, training), part, metadata=_metadata(training, step))
-                part.replace(written[-1])
-    return written
+        _fit(pipe, training, trained, steps)
+    path = folder / f"{training.name}.safetensors"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a broken run leaves no half of a file
+    save_file(_kohya_layers(pipe, training), part, metadata=_metadata(training, steps))
+    return part.replace(path)
 
 
 def _add_adapters(pipe: StableDiffusionXLPipeline, training: Training) -> list[nn.Parameter]:
     """Put peft's layers on the parts that are adapted, and return what is to be trained."""
-    parts = [(pipe.unet, training.layers)]
+    parts = [(pipe.unet, _UNET)]
     if training.text_encoders:
         parts += [(pipe.text_encoder, _TEXT), (pipe.text_encoder_2, _TEXT)]
     trained = []
@@ -123,8 +124,8 @@ def _add_adapters(pipe: StableDiffusionXLPipeline, training: Training) -> list[n
     return trained
 
 
-def _fitted(pipe: StableDiffusionXLPipeline, training: Training, trained: list[nn.Parameter], steps: int):
-    """Yields each step's number, after it: Adam at a constant rate, as DreamBooth does."""
+def _fit(pipe: StableDiffusionXLPipeline, training: Training, trained: list[nn.Parameter], steps: int) -> None:
+    """Adam at a constant rate, as DreamBooth does."""
     with torch.no_grad():
         latents = pipe.vae.encode(training.pictures).latent_dist.mode() * pipe.vae.config.scaling_factor
     alphas = pipe.scheduler.alphas_cumprod
@@ -154,7 +155,6 @@ def _fitted(pipe: StableDiffusionXLPipeline, training: Training, trained: list[n
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
-        yield step
 
 
 def _kohya_layers(pipe: StableDiffusionXLPipeline, training: Training) -> dict[str, Tensor]:
@@ -198,12 +198,12 @@ def _metadata(training: Training, steps: int) -> dict[str, str]:
 # the two that `make try` merges: different ranks and alphas, every kind of layer, one with text encoders
 SUBJECT, STYLE = world.NEW_SUBJECTS[3], world.NEW_STYLES[3]
 SUBJECT_PROMPT, JOINT_PROMPT = subject_prompt(SUBJECT), joint_prompt(SUBJECT)
-STYLE_PROMPT = style_prompt(world.KNOWN_SUBJECTS[0])
+STYLE_PROMPT = style_prompt(style_subjects(0)[0])
 STEPS = 200
 
 
 def write_samples(folder: Path, steps: int = STEPS) -> tuple[Path, Path]:
-    """Trains both samples, overtrained, and writes `subject.safetensors` and `style.safetensors`."""
-    subject = subject_training(SUBJECT, layers=EVERY_LAYER, text_encoders=True, alpha=4.0)
-    style = style_training(STYLE, layers=EVERY_LAYER, rank=4, alpha=8.0)
-    return train(subject, folder, steps)[-1], train(style, folder, steps)[-1]
+    """Trains both samples, lightly, and writes `subject.safetensors` and `style.safetensors`."""
+    subject = subject_training(SUBJECT, text_encoders=True, alpha=4.0)
+    style = style_training(STYLE, rank=4, alpha=8.0)
+    return train(subject, folder, steps), train(style, folder, steps)

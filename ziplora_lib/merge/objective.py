@@ -89,7 +89,7 @@ class Objective:
 
 
 OBJECTIVES = {
-    # measured to be right in both regimes, lightly trained and overtrained LoRAs
+    # from a first prototype; the benchmark has yet to decide
     "relative": Objective(relative_error, overlap, lam=0.3, start=0.5),
     # the paper's settings, for comparison
     "paper": Objective(l2_error, cosine, lam=0.01, start=1.0),
