@@ -5,7 +5,7 @@ every objective the mean |gradient| per coefficient, of the data and of λ times
 is many times the first, Adam walks the coefficients wherever the penalty leads, whatever the pictures say; if it is nothing
 beside the first, the penalty might as well not be there. For the smaller sizes also what 100 steps make of the coefficients.
 
-python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's true size too: over 10 GB of weights
+python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's size too, over 10 GB
 """
 
 from __future__ import annotations

@@ -156,11 +156,10 @@ def test_three_loras_are_all_pairs(penalty):
 
 
 def test_the_presets():
-    assert OBJECTIVES["relative"].error is relative_error
-    assert OBJECTIVES["relative"].penalty is overlap
-    assert OBJECTIVES["paper"].error is OBJECTIVES["paper-literal"].error is l2_error
+    assert OBJECTIVES["guided"].error is OBJECTIVES["paper"].error is OBJECTIVES["paper-literal"].error is l2_error
+    assert OBJECTIVES["guided"].penalty is overlap
     assert OBJECTIVES["paper"].penalty is cosine
     assert OBJECTIVES["paper-literal"].penalty is product
-    assert {(name, o.lam, o.start) for name, o in OBJECTIVES.items()} == {
-        ("relative", 0.3, 0.5), ("paper", 0.01, 1.0), ("paper-literal", 0.01, 1.0)
+    assert {(name, o.lam, o.start, o.guidance) for name, o in OBJECTIVES.items()} == {
+        ("guided", 0.0, 1.0, 3.0), ("paper", 0.01, 1.0, 1.0), ("paper-literal", 0.01, 1.0, 1.0)
     }  # fmt: skip

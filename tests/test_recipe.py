@@ -14,13 +14,13 @@ from ziplora_lib.merge.method import Settings
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.recipe import Recipe, parse, schema, stored
 
-# the body of POST /ziplora/v1/merge as DESIGN.md fixes it
+# the body of POST /ziplora/v1/merge as the API's users send it; what it says of the learning are the defaults
 DESIGN = {
     "parents": [
         {"lora": "dog", "role": "subject", "prompt": "a photo of sks dog", "strength": 1.0},
         {"lora": "watercolour", "role": "style", "prompt": "a house in szn style", "strength": 1.0},
     ],
-    "output": "dog-watercolour", "method": "ziplora", "steps": 100, "lr": 0.01, "seed": 0, "resolution": 1024,
+    "output": "dog-watercolour", "method": "ziplora", "steps": 50, "lr": 0.02, "seed": 0, "resolution": 1024,
     "dtype": "fp16", "overwrite": False,
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ def refused(fields, word):
 def test_the_body_of_the_design_is_a_recipe():
     recipe = parse(DESIGN)
     assert [p.lora for p in recipe.parents] == ["dog", "watercolour"]
-    assert (recipe.steps, recipe.lr, recipe.lam, recipe.start) == (100, 0.01, 0.3, 0.5)
+    assert (recipe.steps, recipe.lr, recipe.lam, recipe.start, recipe.loss_guidance) == (50, 0.02, 0.0, 1.0, 3.0)
     assert parse(json.loads(recipe.json())) == recipe
 
 
@@ -95,7 +95,7 @@ def test_missing_fields_are_refused(missing):
     refused(fields, missing)
 
 
-@pytest.mark.parametrize("field", ["lr", "lam", "start", "empty_share", "guidance"])
+@pytest.mark.parametrize("field", ["lr", "lam", "start", "loss_guidance", "empty_share", "guidance"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_none_are_refused(field, value):
     refused(changed(**{field: value}), field)
@@ -132,7 +132,8 @@ def test_half_characters_in_prompts_are_refused(prompt):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_is_left_out_is_the_objectives_own(objective):
     recipe = parse(changed(objective=objective))
-    assert (recipe.lam, recipe.start) == (OBJECTIVES[objective].lam, OBJECTIVES[objective].start)
+    own = OBJECTIVES[objective]
+    assert (recipe.lam, recipe.start, recipe.loss_guidance) == (own.lam, own.start, own.guidance)
     given = parse(changed(objective=objective, lam=0.0, start=0.0))
     assert (given.lam, given.start) == (0.0, 0.0)
     assert parse(changed(objective=objective, lam=None, start=None)) == recipe
@@ -182,7 +183,7 @@ def test_the_stored_recipe_has_names_not_paths_and_makes_the_same_merge():
     assert [p["lora"] for p in kept["parents"]] == ["dog", "watercolour"]
     assert [p["reference"] for p in kept["parents"]] == [2, 0]
     assert not {"overwrite", "allow_same", "checkpointing"} & kept.keys()
-    assert kept["lam"] == 0.3
+    assert kept["loss_guidance"] == 3.0
     for parent in kept["parents"]:
         parent["reference"] = []
     again, recipe = parse(kept), parse(DESIGN)

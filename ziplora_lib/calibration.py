@@ -60,18 +60,23 @@ def references(parent_reference: Sequence[str], resolution: int) -> list[Image.I
 def calibrated(host: Host, router: Router, recipe: Recipe, callback: Callback) -> Calibration:
     """The samples and the live model, as methods take them. Raises Stopped as `calibrate` does."""
     train, held_out = calibrate(host, router, recipe, callback)
-    learn_text = recipe.text_encoders == "learn"
+    learn_text, guidance = recipe.text_encoders == "learn", recipe.loss_guidance
 
     def run_model(samples: Sequence[Sample], conds: Sequence[Cond]) -> Tensor:
         return host.predict(torch.cat([s.x for s in samples]), torch.cat([s.t for s in samples]), conds).float()
 
     def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
         router.merged(downs)
+        guided = [s for s in samples if s.empty is not None]
         conds = {s.text: s.cond for s in samples}
+        if guided:
+            conds[""] = guided[0].empty
         if learn_text:  # prompts are read with the coefficients as they are now
             gradients = torch.is_grad_enabled()
             conds = {text: host.encode(text, recipe.resolution, not text, gradients) for text in conds}
-        return run_model(samples, [conds[s.text] for s in samples])
+        told = run_model([*samples, *guided], [conds[s.text] for s in samples] + [conds[""] for _ in guided])
+        own, empty = told[: len(samples)].split(1), iter(told[len(samples) :].split(1))
+        return torch.cat([x if s.empty is None else _guided(x, next(empty), guidance) for s, x in zip(samples, own)])
 
     @torch.no_grad()
     def observe(samples: Sequence[Sample], visits: Mapping[str, Visit]) -> None:
@@ -91,7 +96,8 @@ def calibrated(host: Host, router: Router, recipe: Recipe, callback: Callback) -
 def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) -> tuple[list[Sample], list[Sample]]:
     """The training samples and the held-out ones (fresh noise on the same pictures, own prompts), in a fixed order.
 
-    Teacher and bare predictions of two LoRAs' samples come from one batched pass, routed by sample.
+    Teacher and bare predictions of two LoRAs' samples come from one batched pass, routed by sample. Under guidance both are
+    guided against the bare model's empty prompt: what a LoRA of its own does to the empty prompt is the other's disturbance.
     Raises Stopped when the callback asks to stop: there is nothing to keep yet.
     """
     held_out = max(4, recipe.samples // 8)
@@ -118,7 +124,7 @@ def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) ->
         for row in zip(*drawn):
             # two LoRAs at once, however many there are: memory must not grow with them
             for first in range(0, len(row), 2):
-                group += _predicted(host, router, first, row[first : first + 2], prompts)
+                group += _predicted(host, router, first, row[first : first + 2], prompts, recipe.loss_guidance)
             advance("predicting")
         samples.append(group)
     return samples[0], samples[1]
@@ -162,9 +168,9 @@ def _drawn(latents: Tensor, n: int, share: float, generator: torch.Generator) ->
 
 
 def _predicted(
-    host: Host, router: Router, first: int, row: Sequence[tuple], prompts: list[list[_Prompts]]
+    host: Host, router: Router, first: int, row: Sequence[tuple], prompts: list[list[_Prompts]], guidance: float
 ) -> list[Sample]:
-    """One sample of each LoRA from the first on: [alone, bare] for each, in one pass."""
+    """One sample of each LoRA from the first on: [alone, bare] for each, in one pass; then the empty prompts, if guided."""
     parents = range(first, first + len(row))
     x = [host.add_noise(latent, noise, t).float().cpu() for latent, noise, t, _ in row]
     read = [prompts[i][int(empty)] for i, (*_, empty) in zip(parents, row)]
@@ -174,9 +180,23 @@ def _predicted(
         torch.cat([t for _, _, t, _ in row for _ in "ab"]),
         [cond for r in read for cond in (r.alone, r.bare)],
     )
-    predictions = predictions.float().cpu()
-    pairs = predictions.split(1)
-    return [
-        Sample(i, x[k], row[k][2], read[k].text, read[k].merged, pairs[2 * k], pairs[2 * k + 1], read[k].alone)
-        for k, i in enumerate(parents)
-    ]
+    pairs, empties = predictions.float().cpu().split(1), {}
+    if guided := [k for k, (*_, empty) in enumerate(row) if not empty and guidance > 1]:
+        router.bare()
+        levels, empty = torch.cat([row[k][2] for k in guided]), [prompts[first + k][1] for k in guided]
+        found = host.predict(torch.cat([x[k] for k in guided]), levels, [r.bare for r in empty]).float().cpu()
+        empties = dict(zip(guided, zip(found.split(1), empty)))
+    samples = []
+    for k, i in enumerate(parents):
+        target, bare, read_empty = pairs[2 * k], pairs[2 * k + 1], None
+        if k in empties:
+            free, of_empty = empties[k]
+            target, bare, read_empty = _guided(target, free, guidance), _guided(bare, free, guidance), of_empty.merged
+        r = read[k]
+        samples.append(Sample(i, x[k], row[k][2], r.text, r.merged, target, bare, r.alone, read_empty))
+    return samples
+
+
+def _guided(told: Tensor, empty: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598)."""
+    return empty + guidance * (told - empty)

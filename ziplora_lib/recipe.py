@@ -56,20 +56,27 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     method: Literal[tuple(METHODS)] = Field(
         "ziplora", description="; ".join(f"{name}: {what}" for name, what in SAID.items())
     )
-    objective: Literal["relative", "paper", "paper-literal"] = Field("relative", description="form of the loss")
-    steps: int = Field(100, ge=1, le=1000, description="gradient steps")
-    lr: float = Field(0.01, gt=0, le=1, description="learning rate: about how far a coefficient moves in a step")
+    objective: Literal[tuple(OBJECTIVES)] = Field("guided", description="form of the loss")
+    steps: int = Field(50, ge=1, le=1000, description="gradient steps")
+    lr: float = Field(0.02, gt=0, le=1, description="learning rate: about how far a coefficient moves in a step")
     lam: Optional[float] = Field(
         None,
         ge=0,
         le=100,
-        description="weight of the overlap penalty; the objective's own if not given (0.3 by default)",
+        description="weight of the overlap penalty; the objective's own if not given (0 by default)",
     )
     start: Optional[float] = Field(
         None,
         ge=-2,
         le=2,
-        description="where every coefficient starts; the objective's own if not given (0.5 by default)",
+        description="where every coefficient starts; the objective's own if not given (1 by default)",
+    )
+    loss_guidance: Optional[float] = Field(
+        None,
+        ge=1,
+        le=30,
+        description="guidance under which the merge is compared with each LoRA, whose own is taken against the bare model's "
+        "empty prompt; 1 compares without; the objective's own if not given (3 by default)",
     )
     ridge: Optional[float] = Field(
         None,
@@ -113,11 +120,10 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     pictures: int = Field(4, ge=1, le=32, description="calibration pictures that each LoRA makes")
     samples: int = Field(64, ge=2, le=1024, description="noised calibration samples of each LoRA")
     empty_share: float = Field(
-        0.25,
+        0.0,
         ge=0,
         le=0.9,
-        description="share of the samples on the empty prompt, which guidance "
-        "subtracts and no LoRA's own prompt constrains",
+        description="share of the samples on the empty prompt alone, compared without guidance",
     )
     sampler_steps: int = Field(20, ge=1, le=100, description="sampler steps of calibration and preview pictures")
     guidance: float = Field(5.0, ge=1, le=30, description="guidance of calibration and preview pictures")
@@ -155,7 +161,8 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     @root_validator(skip_on_failure=True)
     def _objective_decides(cls, values: dict) -> dict:  # noqa: N805
         chosen = OBJECTIVES[values["objective"]]
-        for field, default in (("lam", chosen.lam), ("start", chosen.start)):
+        own = {"lam": chosen.lam, "start": chosen.start, "loss_guidance": chosen.guidance}
+        for field, default in own.items():
             if values.get(field) is None:
                 values[field] = default
         for field, value in values.items():

@@ -28,6 +28,7 @@ ADVANCED = {
         "lr": "Learning rate",
         "lam": "Overlap penalty",
         "start": "Start",
+        "loss_guidance": "Guidance in the loss",
         "ridge": "Ridge",
         "mu": "Projection",
         "batch": "Samples a step",
@@ -66,7 +67,7 @@ LABELS |= {field: label for group in ADVANCED.values() for field, label in group
 TYPED = {"seed", "lr", "mu", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
-NOT_GIVEN = {**dict.fromkeys(("lam", "start"), "the objective's own"), "ridge": "the method's own"}
+NOT_GIVEN = {**dict.fromkeys(("lam", "start", "loss_guidance"), "the objective's own"), "ridge": "the method's own"}
 # what changes what Check says
 CHECKED = (
     "method",

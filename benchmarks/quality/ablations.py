@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.pairs import CACHE
-from benchmarks.quality.rows import Opened, Row, Shown, merged
+from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, merged
 from ziplora_lib import calibration
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.samples import STYLE_WORD, style_training, subject_training, subject_words
@@ -22,7 +22,6 @@ from ziplora_lib.merge.method import Calibration, Sample
 from ziplora_lib.merge.objective import (
     OBJECTIVES,
     Columns,
-    Objective,
     cosine,
     l2_error,
     overlap,
@@ -55,11 +54,12 @@ ERRORS = {"relative": relative_error, "relative-norm": relative_norm, "l2": l2_e
 PENALTIES = {"overlap": overlap, "cosine": cosine, "product": product, "product-mean": product_mean, "none": nothing}
 
 
-def with_form(on: Opened, error: str, penalty: str, lam: float, start: float = 0.5) -> AbstractContextManager[Shown]:
+@contextmanager
+def with_form(on: Opened, error: str, penalty: str, lam: float, start: float = 1.0, **fields) -> Iterator[Shown]:
     """Another form of the loss, from the default's start."""
-    form = Objective(ERRORS[error], PENALTIES[penalty], lam, start)
-    with patch.dict(OBJECTIVES, {"relative": form}):
-        return merged(on, "ziplora", lam=lam, start=start)
+    form = replace(OBJECTIVES["guided"], error=ERRORS[error], penalty=PENALTIES[penalty])
+    with patch.dict(OBJECTIVES, {"guided": form}), merged(on, "ziplora", lam=lam, start=start, **fields) as shown:
+        yield shown
 
 
 def attention_only(on: Opened) -> AbstractContextManager[Shown]:
@@ -96,7 +96,8 @@ def _saved(pictures: Tensor, folder: Path) -> Path:
     return folder
 
 
-def on_trajectories(on: Opened) -> AbstractContextManager[Shown]:
+@contextmanager
+def on_trajectories(on: Opened) -> Iterator[Shown]:
     """Samples from where each LoRA's own sampling comes by, instead of pictures noised to random levels."""
 
     def calibrated(host, router, recipe, callback) -> Calibration:
@@ -106,8 +107,8 @@ def on_trajectories(on: Opened) -> AbstractContextManager[Shown]:
         return replace(own, train=train)
 
     calibration_as_it_is = calibration.calibrated
-    with patch.object(calibration, "calibrated", calibrated):
-        return merged(on, "ziplora")
+    with patch.object(calibration, "calibrated", calibrated), merged(replace(on, made={}), "ziplora", **PLAIN) as shown:
+        yield shown
 
 
 @torch.no_grad()
@@ -134,46 +135,86 @@ def _on_trajectory(host, router, samples: list[Sample], recipe) -> list[Sample]:
     return [made[i] for i in order]
 
 
+@contextmanager
+def sparse(on: Opened, parent: int, share: float) -> Iterator[Shown]:
+    """A LoRA alone, without this share of each layer's smallest elements: the paper's observation 2."""
+
+    def kept(delta: Tensor) -> Tensor:
+        dropped = delta.abs().flatten().kthvalue(max(1, int(share * delta.numel()))).values
+        return torch.where(delta.abs() > dropped, delta, 0.0)
+
+    deltas = {key: [kept(parts[parent])] for key, parts in by_parent(on.pairing.stacks).items()}
+    with in_weights(on, deltas) as choose:
+        choose([1.0])
+        yield Shown(lambda _: None, balances=False)
+
+
+@contextmanager
+def against_its_own(on: Opened) -> Iterator[Shown]:
+    """Each LoRA guided against what it makes of the empty prompt itself, instead of what the bare model does."""
+
+    def predicted(host, router, first, row, prompts, guidance) -> list[Sample]:
+        made = predicted_as_it_is(host, router, first, row, prompts, guidance)
+        for k, s in enumerate(made):
+            if s.empty is not None:
+                router.bare()
+                of_bare = host.predict(s.x, s.t, [prompts[s.parent][1].bare]).float().cpu()
+                router.alone(s.parent)
+                of_own = host.predict(s.x, s.t, [prompts[s.parent][1].alone]).float().cpu()
+                # empty + g (told - empty) = (1 - g) empty + g told
+                made[k] = replace(s, target=s.target + (1 - guidance) * (of_own - of_bare))
+        return made
+
+    predicted_as_it_is = calibration._predicted
+    with patch.object(calibration, "_predicted", predicted), merged(replace(on, made={}), "ziplora") as shown:
+        yield shown
+
+
 def zip_with(title: str, **fields) -> Row:
     return Row(title, merged, {"method": "ziplora", **fields})
 
 
+def formed(title: str, **fields) -> Row:
+    return Row(title, with_form, fields)
+
+
+PLAIN = {"loss_guidance": 1.0}
 ABLATIONS: Mapping[str, Row] = {
     "default": zip_with("default"),
-    **{f"lam-{lam:g}": zip_with(f"λ = {lam:g}", lam=lam) for lam in (0.0, 0.1, 1.0, 3.0)},
-    **{f"start-{start:g}": zip_with(f"start {start:g}", start=start) for start in (0.3, 0.7, 1.0)},
-    "start-1-lam-0": zip_with("start 1, λ = 0", start=1.0, lam=0.0),
-    **{f"lr-{lr:g}": zip_with(f"lr {lr:g}", lr=lr) for lr in (0.003, 0.03)},
-    **{f"steps-{steps}": zip_with(f"{steps} steps", steps=steps) for steps in (25, 50, 300)},
-    "batch-4": zip_with("4 samples of each a step", batch=4),
-    **{f"empty-{share:g}": zip_with(f"{share:.0%} empty prompts", empty_share=share) for share in (0.0, 0.5)},
-    **{f"samples-{n}": zip_with(f"{n} samples", samples=n) for n in (16, 256)},
-    **{f"pictures-{n}": zip_with(f"{n} picture{'s' * (n > 1)} a LoRA", pictures=n) for n in (1, 16)},
-    "mse": Row("mean squared error, λ = 0", with_form, {"error": "mse", "penalty": "none", "lam": 0.0}),
-    "mse-mean": Row(
-        "mean squared error, product averaged by layer, λ = .01",
-        with_form,
-        {"error": "mse", "penalty": "product-mean", "lam": 0.01},
+    **{f"guidance-{g:g}": zip_with(f"loss under guidance {g:g}", loss_guidance=g) for g in (1.0, 2.0, 5.0)},
+    "own-empty": Row("each LoRA guided against its own empty prompt", against_its_own),
+    "empty": zip_with("no guidance, 25% empty prompts", empty_share=0.25, **PLAIN),
+    "prototype": formed(
+        "no guidance, 25% empty prompts, relative errors squared, overlap λ = .3, start .5",
+        error="relative",
+        penalty="overlap",
+        lam=0.3,
+        start=0.5,
+        empty_share=0.25,
+        steps=100,
+        lr=0.01,
+        **PLAIN,
     ),
-    "l2": Row("unsquared norm, λ = 0", with_form, {"error": "l2", "penalty": "none", "lam": 0.0}),
-    "l2-product": Row(
-        "unsquared norm, product summed, λ = .01", with_form, {"error": "l2", "penalty": "product", "lam": 0.01}
+    "relative": formed("relative errors, squared", error="relative", penalty="none", lam=0.0),
+    "relative-norm": formed("relative errors, not squared", error="relative-norm", penalty="none", lam=0.0),
+    "mse": formed("mean squared errors", error="mse", penalty="none", lam=0.0),
+    "mse-mean": formed(
+        "mean squared errors, product averaged by layer, λ = .01", error="mse", penalty="product-mean", lam=0.01
     ),
-    "relative-cosine": Row(
-        "relative, cosine, λ = .01", with_form, {"error": "relative", "penalty": "cosine", "lam": 0.01}
-    ),
-    "norm": Row(
-        "relative, not squared, start 1, λ = 0",
-        with_form,
-        {"error": "relative-norm", "penalty": "none", "lam": 0, "start": 1},
-    ),
-    "norm-overlap": Row(
-        "relative, not squared, start 1, λ = .3",
-        with_form,
-        {"error": "relative-norm", "penalty": "overlap", "lam": 0.3, "start": 1},
-    ),
+    "overlap": zip_with("overlap, λ = 3", lam=3.0),
+    "cosine": formed("cosine, λ = .01", error="l2", penalty="cosine", lam=0.01),
+    "product": formed("product summed, λ = .01", error="l2", penalty="product", lam=0.01),
+    **{f"start-{start:g}": zip_with(f"start {start:g}", start=start) for start in (0.5, 0.7)},
+    **{f"lr-{lr:g}": zip_with(f"lr {lr:g}", lr=lr) for lr in (0.005, 0.05)},
+    "steps-25": zip_with("25 steps", steps=25),
+    "steps-100": zip_with("100 steps, lr .01", steps=100, lr=0.01),
+    "steps-300": zip_with("300 steps", steps=300),
+    "samples-16": zip_with("16 samples of each", samples=16),
+    "pictures-1": zip_with("one picture of each", pictures=1),
     "attention": Row("attention only learned", attention_only),
     "references": Row("the training pictures as references", with_references),
-    "trajectories": Row("points on the LoRAs' own trajectories", on_trajectories),
+    "trajectories": Row("no guidance, points on the LoRAs' own trajectories", on_trajectories),
     "worded": Row("prompts worded otherwise", worded_otherwise),
+    "subject-sparse": Row("subject alone, smallest 80% of elements dropped", sparse, {"parent": 0, "share": 0.8}),
+    "style-sparse": Row("style alone, smallest 80% of elements dropped", sparse, {"parent": 1, "share": 0.8}),
 }

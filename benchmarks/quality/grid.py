@@ -31,9 +31,9 @@ def main() -> None:
     for regime in pairs.REGIMES:
         found: dict[tuple[float, float], list[float]] = {point: [] for point in product(STRENGTHS, STRENGTHS)}
         for pair in pairs.validation_pairs():
-            with rows.opened(host, pair, regime, 0) as on:
+            with rows.opened(host, pair, regime, 0) as on, rows.in_weights(on, rows.by_parent(on.pairing.stacks)) as at:
                 for point, shares in found.items():
-                    on.router.merged(weights=list(point))
+                    at(point)
                     seen = verdicts(sampling.pictures(host, joint_prompt(pair.shown[0]), SEEDS, GUIDANCE), *pair.shown)
                     shares.append(float((seen["subject"] & seen["style"]).float().mean()))
         means = {point: statistics.mean(shares) for point, shares in found.items()}

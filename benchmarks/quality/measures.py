@@ -15,7 +15,8 @@ from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import joint_prompt, style_prompt, style_subjects, subject_prompt, subject_words
 from ziplora_lib.merge import balance
 
-GUIDANCE = 3.0
+# the most that leaves each LoRA alone right on its own prompt in this world: more oversaturates it
+GUIDANCE = 2.0
 BALANCES = balance.points(5)
 Choose = Callable[[float], None]  # sets the balance; what else is attached stays
 
@@ -65,9 +66,12 @@ def share(row: str) -> float:
     return sum(map(int, row)) / len(row)
 
 
-def chosen(rows: dict[str, str]) -> float:
-    """Joint success at the balance that a user would choose: chosen on half the seeds, judged on the other, both ways."""
-    at = [rows[f"joint/{b:g}"] for b in BALANCES if f"joint/{b:g}" in rows]
+def chosen(*rows: dict[str, str]) -> float:
+    """Joint success at the balance that a user would choose: chosen on half the seeds, judged on the other, both ways.
+
+    rows: measures of what the user is shown a strip of; the choice is among all their balances.
+    """
+    at = [measures[f"joint/{b:g}"] for measures in rows for b in BALANCES if f"joint/{b:g}" in measures]
     half = len(at[0]) // 2
     halves = [(row[:half], row[half:]) for row in at]
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from benchmarks.quality import pairs
 from benchmarks.quality.measures import chosen, share
-from benchmarks.quality.run import CELLS, TABLES, done
+from benchmarks.quality.rows import ROWS
+from benchmarks.quality.run import TABLES, done, path
 from ziplora_lib.bootstrap import interval
 
+LORA_SEEDS = 9  # more than anyone trains
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
 
@@ -35,6 +37,7 @@ def of(name: str) -> Callable[[dict], float]:
 MEASURES: dict[str, Callable[[dict], float]] = {
     "joint": of("joint/0"),
     "joint, chosen balance": lambda cell: chosen(cell["measures"]),
+    "joint, chosen among its and the plain sum's": lambda cell: chosen(cell["measures"], cell["plain sum"]["measures"]),
     "subject in joint": of("subject/0"),
     "style in joint": of("style/0"),
     "harmonic mean": kept_both,
@@ -45,18 +48,24 @@ MEASURES: dict[str, Callable[[dict], float]] = {
     "new context": of("context"),
     "error, subject": lambda cell: cell["facts"]["error"][0],
     "error, style": lambda cell: cell["facts"]["error"][1],
+    "retained": lambda cell: cell["facts"]["retained"],
+    "peak MB": lambda cell: cell["facts"]["peak MB"],
     "seconds": lambda cell: cell["facts"]["merge s"] + cell["facts"].get("calibrate s", 0.0),
 }
 
 
 def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dict]]]:
-    """By row, by pair: a cell a LoRA seed. Rows that are not done on every pair are left out."""
+    """By row, by pair: a cell a LoRA seed, each with that of the plain sum."""
     found: dict[str, dict[tuple, list[dict]]] = {}
     for name, row in TABLES[table].items():
         by_pair = {}
         for pair in pairs.pairs():
-            files = [CELLS / f"{name}-{regime}-{pair.subject}-{pair.style}-{seed}.json" for seed in range(9)]
-            here = [json.loads(f.read_text()) for k, f in enumerate(files) if done(name, row, regime, pair, k, seeds)]
+            here = []
+            for seed in range(LORA_SEEDS):
+                if done(name, row, regime, pair, seed, seeds):
+                    here.append(json.loads(path(name, regime, pair, seed).read_text()))
+                    if done("sum", ROWS["sum"], regime, pair, seed, seeds):
+                        here[-1]["plain sum"] = json.loads(path("sum", regime, pair, seed).read_text())
             if here:
                 by_pair[pair] = here
         if by_pair:
@@ -166,8 +175,8 @@ def main() -> None:
         "regimes": pairs.REGIMES,
         "seeds": args.seeds,
     }
-    path = RESULTS / f"quality-{args.table}.json"
-    path.write_text(json.dumps({"made": made, **summary}, indent=1) + "\n")
+    result = RESULTS / f"quality-{args.table}.json"
+    result.write_text(json.dumps({"made": made, **summary}, indent=1) + "\n")
     if args.table == "main":
         into_readme(readme_tables({"made": made, **summary}))
     for regime, rows_ in summary.items():

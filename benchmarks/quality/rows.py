@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
+from torch import Tensor
 
 from benchmarks.quality.pairs import Pair, files, joint_file
 from ziplora_lib import calibration, job
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import style_prompt, style_subjects, subject_prompt
-from ziplora_lib.lora.delta import DenseDelta
 from ziplora_lib.lora.reader import read
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
+from ziplora_lib.merge.analysis import weighted_overlap
 from ziplora_lib.merge.attach import Router, Slot, attach
-from ziplora_lib.merge.method import Calibration
-from ziplora_lib.merge.objective import OBJECTIVES
+from ziplora_lib.merge.method import Calibration, Sample
+from ziplora_lib.merge.objective import OBJECTIVES, relative_error
 from ziplora_lib.merge.pairing import Pairing
-from ziplora_lib.opening import attached
 from ziplora_lib.recipe import Recipe, parse
 
 ROLES = ["subject", "style"]
 GRID = Path(__file__).parents[1] / "results" / "grid.json"
 # of the recipe, what suits pictures of 64 pixels
-SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 3.0, "checkpointing": False, "at_once": 8}
+SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 2.0, "checkpointing": False, "at_once": 8}
+CALIBRATING = ("pictures", "samples", "empty_share", "seed", "text_encoders", "guidance", "loss_guidance")
 
 
 def fields_of(chosen: Pair, regime: str, seed: int) -> dict:
@@ -57,9 +59,27 @@ class Opened:
     pairing: Pairing
     slots: Mapping[str, Slot]
     router: Router
+    held_out: Sequence[Sample]
+    made: dict = field(default_factory=dict)
 
-    def calibration(self, recipe: Recipe) -> Calibration:
-        return calibration.calibrated(self.host, self.router, recipe, lambda _: None)
+    def calibration(self, recipe: Recipe) -> tuple[Calibration, float]:
+        """The samples, made once for all rows that ask for the same; and the seconds that it took."""
+        asked = json.dumps([[p.dict() for p in recipe.parents], [getattr(recipe, name) for name in CALIBRATING]])
+        if asked not in self.made:
+            started = time.perf_counter()
+            samples = calibration.calibrated(self.host, self.router, recipe, lambda _: None)
+            self.made[asked] = samples, time.perf_counter() - started
+        return self.made[asked]
+
+    @torch.no_grad()
+    def errors(self) -> list[float]:
+        """‖D_m − D_i‖² / ‖D_i − D_0‖² against each LoRA alone, of what is in the weights now, on samples of its own."""
+        self.router.bare()
+        sums = [0.0, 0.0]
+        for s in self.held_out:
+            predicted = self.host.predict(s.x, s.t, [s.cond])
+            sums[s.parent] += float(relative_error(predicted, s.target, s.bare)) / (len(self.held_out) / 2)
+        return sums
 
 
 @contextmanager
@@ -70,7 +90,9 @@ def opened(host: DiffusersHost, chosen: Pair, regime: str, seed: int) -> Iterato
     with host.session(recipe):
         pairing, *_ = job.prepare(recipe, ready, host, lambda _: None)
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
-            yield Opened(host, chosen, regime, seed, fields, pairing, ready.slots, router)
+            judging = parse({**fields, "loss_guidance": 1.0, "samples": 16, "seed": 99})
+            held_out, _ = calibration.calibrate(host, router, judging, lambda _: None)
+            yield Opened(host, chosen, regime, seed, fields, pairing, ready.slots, router, held_out)
 
 
 @dataclass(frozen=True)
@@ -83,18 +105,45 @@ class Shown:
 
 
 @contextmanager
+def in_weights(on: Opened, deltas: Mapping[str, Sequence[Tensor]]) -> Iterator[Callable[[Sequence[float]], None]]:
+    """Each LoRA's ΔW in the live weights, at strengths to be chosen: pictures come faster so than with attached factors."""
+    on.router.bare()
+    own = {key: on.slots[key].weight.detach().clone() for key in deltas}
+
+    @torch.no_grad()
+    def choose(strengths: Sequence[float]) -> None:
+        for key, parts in deltas.items():
+            added = sum(strength * part for strength, part in zip(strengths, parts))
+            on.slots[key].weight.copy_(own[key] + added)
+
+    try:
+        yield choose
+    finally:
+        with torch.no_grad():
+            for key, weight in own.items():
+                on.slots[key].weight.copy_(weight)
+
+
+def by_parent(stacks: Mapping[str, Stack]) -> dict[str, list[Tensor]]:
+    """Each LoRA's ΔW of each layer."""
+    return {
+        key: [torch.zeros(stack.shape) if part is None else part.dense() for part in map(stack.part, (0, 1))]
+        for key, stack in stacks.items()
+    }
+
+
+@contextmanager
 def alone(on: Opened, parent: int) -> Iterator[Shown]:
-    yield Shown(lambda _: on.router.alone(parent), balances=False)
+    with in_weights(on, by_parent(on.pairing.stacks)) as choose:
+        choose([float(i == parent) for i in range(2)])
+        yield Shown(lambda _: None, balances=False)
 
 
 @contextmanager
 def summed(on: Opened, weights: tuple[float, float] = (1.0, 1.0)) -> Iterator[Shown]:
     """The plain sum at weights of its own, and along the balance from there."""
-
-    def choose(at: float) -> None:
-        on.router.merged(weights=[w * b for w, b in zip(weights, balance.weights(at, ROLES))])
-
-    yield Shown(choose)
+    with in_weights(on, by_parent(on.pairing.stacks)) as choose:
+        yield Shown(lambda at: choose([w * b for w, b in zip(weights, balance.weights(at, ROLES))]))
 
 
 def best_fixed(on: Opened) -> AbstractContextManager[Shown]:
@@ -103,36 +152,48 @@ def best_fixed(on: Opened) -> AbstractContextManager[Shown]:
 
 
 @contextmanager
-def _attached(on: Opened, stacks: Mapping[str, Stack], balances: bool, facts: dict) -> Iterator[Shown]:
-    on.router.bare()
-    with attach(on.slots, stacks, on.pairing.vectors) as router:
-
-        def choose(at: float) -> None:
-            router.merged(weights=balance.weights(at, ROLES) if balances else None)
-
-        yield Shown(choose, balances, facts)
-
-
-def merged(on: Opened, method: str, **fields) -> AbstractContextManager[Shown]:
+def merged(on: Opened, method: str, **fields) -> Iterator[Shown]:
     """One of METHODS. fields: of the recipe, what is other than default."""
     recipe = parse({**on.fields, "method": method, **fields})
-    started = time.perf_counter()
-    samples = on.calibration(recipe) if method in NEEDS_MODEL else None
-    calibrated = time.perf_counter()
-    done = METHODS[method](on.pairing, samples, job.settings_of(recipe), lambda _: None)
-    facts = {"calibrate s": calibrated - started, "merge s": time.perf_counter() - calibrated, **done.summary}
-    return _attached(on, done.stacks, True, facts)
+    samples, seconds = on.calibration(recipe) if method in NEEDS_MODEL else (None, 0.0)
+    with memory() as peak:
+        started = time.perf_counter()
+        done = METHODS[method](on.pairing, samples, job.settings_of(recipe), lambda _: None)
+        facts = {"calibrate s": seconds, "merge s": time.perf_counter() - started, **done.summary}
+    facts["overlap"] = weighted_overlap(on.pairing.stacks, done.stacks)["all"]
+    with in_weights(on, by_parent(done.stacks)) as choose:
+        yield Shown(lambda at: choose(balance.weights(at, ROLES)), facts=facts | peak)
 
 
-def by_peft(on: Opened, merge: str) -> AbstractContextManager[Shown]:
+@contextmanager
+def by_peft(on: Opened, merge: str) -> Iterator[Shown]:
     """A merge of dense ΔW, layer by layer, which leaves no halves to balance."""
     torch.manual_seed(0)
-    started, stacks = time.perf_counter(), {}
-    for key, stack in on.pairing.stacks.items():
-        deltas = [torch.zeros(stack.shape) if part is None else part.dense() for part in map(stack.part, (0, 1))]
-        together = PEFT[merge](deltas, torch.ones(len(deltas)), density=0.5)
-        stacks[key] = Stack.of([DenseDelta(together).low_rank()[0]])
-    return _attached(on, stacks, False, {"merge s": time.perf_counter() - started})
+    with memory() as peak:
+        started, parts = time.perf_counter(), by_parent(on.pairing.stacks)
+        deltas = {key: [PEFT[merge](both, torch.ones(2), density=0.5)] for key, both in parts.items()}
+        facts = {"merge s": time.perf_counter() - started}
+    with in_weights(on, deltas) as choose:
+        choose([1.0])
+        yield Shown(lambda _: None, balances=False, facts=facts | peak)
+
+
+@contextmanager
+def memory() -> Iterator[dict[str, float]]:
+    """Filled at the end with the MB of memory at the peak beyond what was held before; left empty where that is not told."""
+    status, found = Path("/proc/self/status"), {}
+
+    def told(name: str) -> float:
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = told("VmRSS")
+    except OSError:
+        yield found
+        return
+    yield found
+    found["peak MB"] = max(0.0, told("VmHWM") - before)
 
 
 PEFT = {"ties": ties, "dare": dare_linear}
@@ -141,8 +202,8 @@ PEFT = {"ties": ties, "dare": dare_linear}
 @contextmanager
 def jointly(on: Opened) -> Iterator[Shown]:
     """One LoRA trained on the pictures of both."""
-    on.router.bare()
-    with attached(read(joint_file(on.pair, on.seed)), on.host):
+    with in_weights(on, {key: [d.dense()] for key, d in read(joint_file(on.pair, on.seed)).deltas.items()}) as choose:
+        choose([1.0])
         yield Shown(lambda _: None, balances=False)
 
 
@@ -161,6 +222,8 @@ class Row:
         return json.dumps([self.make.__name__, self.fields, SMALL, forms, defaults], sort_keys=True)
 
 
+# arXiv 2311.13600: at most 100 updates
+PAPER = {"steps": 100, "lr": 0.01}
 ROWS = {
     "subject": Row("subject LoRA alone", alone, {"parent": 0}),
     "style": Row("style LoRA alone", alone, {"parent": 1}),
@@ -168,8 +231,10 @@ ROWS = {
     "average": Row("average (.5, .5)", merged, {"method": "average"}),
     "grid": Row("best fixed strengths", best_fixed),
     "ziplora": Row("**ZipLoRA, default**", merged, {"method": "ziplora"}),
-    "paper": Row("ZipLoRA, `paper`", merged, {"method": "ziplora", "objective": "paper"}),
-    "paper-literal": Row("ZipLoRA, `paper-literal`", merged, {"method": "ziplora", "objective": "paper-literal"}),
+    "paper": Row("ZipLoRA, `paper`", merged, {"method": "ziplora", "objective": "paper", **PAPER}),
+    "paper-literal": Row(
+        "ZipLoRA, `paper-literal`", merged, {"method": "ziplora", "objective": "paper-literal", **PAPER}
+    ),
     "closed-form": Row("closed form", merged, {"method": "closed-form"}),
     "regmean": Row("RegMean", merged, {"method": "regmean"}),
     "ssr": Row("SSR-Merge", merged, {"method": "ssr"}),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -68,6 +69,7 @@ def _cell(on: rows.Opened, name: str, row: rows.Row, seeds: int) -> None:
     with row.make(on, **row.fields) as shown:
         started = time.perf_counter()
         result = measured(on.host, on.pair, on.seed, shown.choose, seeds, shown.balances)
+        facts = {**(shown.facts or {}), "error": on.errors()}
     cell = {
         "row": name,
         "spec": row.spec(),
@@ -76,26 +78,27 @@ def _cell(on: rows.Opened, name: str, row: rows.Row, seeds: int) -> None:
         "lora seed": on.seed,
         "training": pairs.REGIMES[on.regime],
         "measures": result,
-        "facts": shown.facts or {},
+        "facts": facts,
         "pictures s": time.perf_counter() - started,
     }
-    path = _path(name, on.regime, on.pair, on.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    file = path(name, on.regime, on.pair, on.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
     part.write_text(json.dumps(cell))
-    part.replace(path)
+    part.replace(file)
 
 
-def _path(name: str, regime: str, pair: pairs.Pair, seed: int):
+def path(name: str, regime: str, pair: pairs.Pair, seed: int) -> Path:
+    """Where a cell is kept."""
     return CELLS / f"{name}-{regime}-{pair.subject}-{pair.style}-{seed}.json"
 
 
 def done(name: str, row: rows.Row, regime: str, pair: pairs.Pair, seed: int, seeds: int) -> bool:
     """Whether a cell is there, made by this very row, of LoRAs trained so, with as many pictures at least."""
-    path = _path(name, regime, pair, seed)
-    if not path.exists():
+    file = path(name, regime, pair, seed)
+    if not file.exists():
         return False
-    cell = json.loads(path.read_text())
+    cell = json.loads(file.read_text())
     same = cell["spec"] == row.spec() and cell["training"] == list(pairs.REGIMES[regime])
     return same and len(cell["measures"]["joint free"]) >= seeds
 

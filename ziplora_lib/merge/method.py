@@ -22,7 +22,8 @@ class Sample:
 
     parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; text: the prompt; cond: the prompt as the plain
     sum of the LoRAs reads it; target: the prediction with that LoRA alone; bare: without any; alone: the prompt as that LoRA
-    alone reads it. Tensors other than cond and alone lie on the CPU in fp32.
+    alone reads it; empty: the empty prompt as the plain sum reads it, where predictions are compared under guidance: target
+    and bare are then guided too. Tensors other than the read prompts lie on the CPU in fp32.
     """
 
     parent: int
@@ -33,15 +34,17 @@ class Sample:
     target: Tensor
     bare: Tensor
     alone: Any = None
+    empty: Any = None
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The samples, and the live model.
 
-    predict(samples, downs): (B, 4, h, w), what the model predicts with all LoRAs and with other downs in the layers given;
-    differentiable. observe(samples, visits): runs each sample through the LoRA that it belongs to, alone, and shows each of
-    the layers given its inputs. device: where the model computes, and the coefficients are learned.
+    predict(samples, downs): (B, 4, h, w), what the model predicts with all LoRAs and with other downs in the layers given,
+    under guidance where the samples are; differentiable. observe(samples, visits): runs each sample through the LoRA that
+    it belongs to, alone, and shows each of the layers given its inputs. device: where the model computes, and the
+    coefficients are learned.
     """
 
     train: Sequence[Sample]
@@ -55,11 +58,11 @@ class Calibration:
 class Settings:
     """A method's own settings, as the recipe has them."""
 
-    objective: str = "relative"
-    steps: int = 100
-    lr: float = 0.01
-    lam: float = 0.3
-    start: float = 0.5
+    objective: str = "guided"
+    steps: int = 50
+    lr: float = 0.02
+    lam: float = 0.0
+    start: float = 1.0
     batch: int = 1
     at_once: int = 1
     seed: int = 0
