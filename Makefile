@@ -21,6 +21,10 @@ try: $(VENV)/.headless
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+$(VENV)/.benchmarks: pyproject.toml $(VENV)/.headless
+	$(BIN)/pip install --quiet --editable ".[headless,benchmarks]"
+	touch $@
+
 # trains the miniature again, and who judges its pictures
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2
 miniature: $(VENV)/.headless
@@ -33,10 +37,11 @@ gate: $(VENV)/.headless
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
 
 # goes on where it was broken off
-bench-quality: $(VENV)/.headless
+bench-quality: $(VENV)/.benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.grid
 	$(BIN)/python -m benchmarks.quality.run
 	$(BIN)/python -m benchmarks.quality.report
+	$(BIN)/python -m benchmarks.quality.figure
 
 bench-ablations: $(VENV)/.headless
 	$(BIN)/python -m benchmarks.quality.run --table ablations --pairs 8 --lora-seeds 1 --seeds 16

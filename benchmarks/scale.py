@@ -3,7 +3,7 @@
 UNets of SDXL's structure with random weights, two LoRAs with random factors on all attention matrices, ‖ΔW‖ = 0.03 ‖W‖. For
 every objective the mean |gradient| per coefficient, of the data and of λ times the penalty, at its own start: if the second
 is many times the first, Adam walks the coefficients wherever the penalty leads, whatever the pictures say; if it is nothing
-beside the first, the penalty might as well not be there. For the smaller sizes also what 100 steps make of the coefficients.
+beside the first, the penalty might as well not be there. For the smaller sizes also what learning makes of the coefficients.
 
 python -m benchmarks.scale [--full]        writes benchmarks/results/scale.json; --full: SDXL's size too, over 10 GB
 """
@@ -14,23 +14,29 @@ import argparse
 import json
 import platform
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
+from ziplora_lib.calibration import calibrated
+from ziplora_lib.hosts.host import Model
+from ziplora_lib.job import settings_of
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.stack import Stack
-from ziplora_lib.merge.attach import Router, Slot, attach
-from ziplora_lib.merge.method import Calibration, Sample, Settings
+from ziplora_lib.merge.attach import Slot, attach
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.merge.pairing import Pairing
 from ziplora_lib.merge.ziplora import learned_columns, ziplora
+from ziplora_lib.recipe import parse
 
 RESULT = Path(__file__).parent / "results" / "scale.json"
+PAPER = {"steps": 100, "lr": 0.01}  # arXiv 2311.13600
 STRENGTH = 0.03  # ‖ΔW‖ / ‖W‖
 
 
@@ -41,7 +47,7 @@ class Size:
     widths: tuple[int, int, int]
     depth: tuple[int, int]
     latent: int
-    steps: int = 0  # of learning; none where a step takes too long
+    learns: bool = False  # whether it is learned to the end; elsewhere a step takes too long
 
     @property
     def rank(self) -> int:
@@ -49,8 +55,8 @@ class Size:
 
 
 SIZES = [
-    *(Size((64, 128, 256), (1, 2), latent, 100) for latent in (8, 16, 32)),
-    Size((64, 128, 256), (2, 10), 16, 100),
+    *(Size((64, 128, 256), (1, 2), latent, True) for latent in (8, 16, 32)),
+    Size((64, 128, 256), (2, 10), 16, True),
     Size((160, 320, 640), (2, 5), 16),
     Size((160, 320, 640), (2, 10), 32),
 ]
@@ -89,26 +95,30 @@ def random_pair(model: UNet2DConditionModel, rank: int) -> tuple[Pairing, dict[s
     return Pairing(stacks, sorted(stacks), {}), slots
 
 
-@torch.no_grad()
-def samples(model, router: Router, size: Size, n: int, seed: int) -> list[Sample]:
-    """Noise with random prompts: a random model has no pictures of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for k in range(2 * n):
-        x = torch.randn(1, 4, size.latent, size.latent, generator=generator)
-        t = torch.randint(1000, (1,), generator=generator)
-        cond = (torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator))
-        router.alone(k % 2)
-        target = predicted(model, x, t, [cond])
-        router.bare()
-        made.append(Sample(k % 2, x, t, "", cond, target, predicted(model, x, t, [cond])))
-    return made
+class RandomModel:
+    """What calibration asks of a host, on a model that knows nothing: noise for pictures, random numbers for prompts."""
 
+    def __init__(self, unet: UNet2DConditionModel, size: Size):
+        self.unet, self.size = unet, size
+        self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # SDXL's
 
-def predicted(model, x, t, conds: Sequence[tuple]) -> torch.Tensor:
-    states, pooled = (torch.cat(parts) for parts in zip(*conds))
-    added = {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(len(x), -1)}
-    return model(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
+    def model(self) -> Model:
+        return Model("random", "sdxl", "cpu", "fp32", "epsilon")
+
+    def sample(self, prompt: str, seed: int, *_) -> Tensor:
+        return torch.randn(1, 4, self.size.latent, self.size.latent, generator=torch.Generator().manual_seed(seed))
+
+    def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.scheduler.add_noise(latent, noise, t)
+
+    def encode(self, text: str, resolution: int, negative: bool = False) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        return torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator)
+
+    def predict(self, x: Tensor, t: Tensor, conds: Sequence[tuple]) -> Tensor:
+        states, pooled = (torch.cat(parts) for parts in zip(*conds))
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(len(x), -1)}
+        return self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
 
 
 def measured(size: Size) -> dict:
@@ -127,18 +137,16 @@ def measured(size: Size) -> dict:
         "objectives": {},
     }
     with attach(slots, pairing.stacks) as router:
-        train = samples(model, router, size, 16 if size.steps else 1, 2)
-        held_out = samples(model, router, size, 4, 3) if size.steps else train
-
-        def predict(group, downs):
-            router.merged(downs)
-            return predicted(
-                model, torch.cat([s.x for s in group]), torch.cat([s.t for s in group]), [s.cond for s in group]
-            )
-
         for name, form in OBJECTIVES.items():
-            settings = Settings(objective=name, lam=form.lam, start=form.start, steps=size.steps or 1, at_once=2)
-            done = ziplora(pairing, Calibration(train, held_out, predict), settings, lambda _: None)
+            parents = [{"lora": role, "role": role, "prompt": role} for role in ("subject", "style")]
+            fields = {"parents": parents, "output": "merged", "objective": name, "at_once": 2, "samples": 2}
+            if size.learns:
+                fields |= {"samples": 16, "pictures": 4, **({} if name == "guided" else PAPER)}
+            else:
+                fields |= {"pictures": 1, "steps": 1}
+            recipe = parse(fields)
+            samples = calibrated(RandomModel(model, size), router, recipe, lambda _: None)
+            done = ziplora(pairing, samples, settings_of(recipe), lambda _: None)
             m = torch.full(columns.present.shape, form.start, requires_grad=True)
             (form.lam * form.penalty(m, columns)).backward()
             first, last = done.history[0], done.history[-1]
@@ -149,9 +157,10 @@ def measured(size: Size) -> dict:
                 "penalty / data": penalty / data,
                 "error at m = 1": [round(e, 4) for e in done.summary["error_plain_sum"]],
             }
-            if size.steps:
+            if size.learns:
                 result["objectives"][name] |= {
-                    "steps": size.steps,
+                    "steps": recipe.steps,
+                    "lr": recipe.lr,
                     "mean |m| at the end": [round(v, 4) for v in last["mean_m"]],
                     "retained at the end": round(last["retained"], 4),
                     "held-out error at the end": [round(e, 4) for e in last["held_out"]],

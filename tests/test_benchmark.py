@@ -58,6 +58,8 @@ def test_the_chosen_balance_is_judged_on_seeds_that_did_not_choose_it():
     rows = {f"joint/{b:g}": "0000" for b in BALANCES}
     rows["joint/0"], rows["joint/0.5"] = "1100", "0011"
     assert chosen(rows) == 0.0, "each half's best is the other half's worst"
+    worse, better = ({f"joint/{b:g}": row for b in BALANCES} for row in ("0000", "1101"))
+    assert chosen(worse, better) == 0.75, "among the balances of both"
     rows["joint/-1"] = "1111"
     assert chosen(rows) == 1.0
 
@@ -85,3 +87,50 @@ def test_the_gate_was_passed_by_the_miniature_that_ships():
     bounds = gate["gate"]
     measured = [gate["in words"], gate["jointly trained"]]
     assert gate["measurable"] == all(m[k] >= bounds[k] for m in measured for k in ("subject", "style"))
+
+
+@pytest.fixture(scope="module")
+def pair_on_model(samples):
+    """The two samples on the miniature, as the harness has them."""
+    from benchmarks.quality import rows
+    from benchmarks.quality.pairs import Pair
+    from ziplora_lib.hosts.diffusers import DiffusersHost
+
+    host = DiffusersHost("miniature", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "files", lambda *_: samples)
+        with rows.opened(host, Pair(3, 3), "light", 0) as on:
+            yield on
+
+
+def test_in_the_weights_is_as_attached_and_leaves_no_trace(pair_on_model):
+    from benchmarks.quality import rows
+
+    on = pair_on_model
+    text = {key for key in on.pairing.stacks if key.startswith("lora_te")}
+    stacks = {key: stack for key, stack in on.pairing.stacks.items() if key not in text}
+    sample = on.held_out[0]
+
+    def predicted():
+        with torch.no_grad():
+            return on.host.predict(sample.x, sample.t, [sample.cond])
+
+    on.router.bare()
+    bare = predicted()
+    on.router.merged(weights=[0.7, 1.15])
+    attached = predicted()
+    with rows.in_weights(on, rows.by_parent(stacks)) as choose:
+        choose([0.7, 1.15])
+        torch.testing.assert_close(predicted(), attached, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(attached, bare, atol=1e-2)
+    assert torch.equal(predicted(), bare)
+
+
+def test_a_lora_alone_has_no_error_of_its_own(pair_on_model):
+    from benchmarks.quality import rows
+
+    for parent in (0, 1):
+        with rows.alone(pair_on_model, parent):
+            errors = pair_on_model.errors()
+            assert errors[parent] < 0.02
+            assert errors[1 - parent] > 0.1

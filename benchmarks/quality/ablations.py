@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.pairs import CACHE
-from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, merged
+from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, merged, summed
 from ziplora_lib import calibration
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.samples import STYLE_WORD, style_training, subject_training, subject_words
@@ -215,6 +215,10 @@ ABLATIONS: Mapping[str, Row] = {
     "references": Row("the training pictures as references", with_references),
     "trajectories": Row("no guidance, points on the LoRAs' own trajectories", on_trajectories),
     "worded": Row("prompts worded otherwise", worded_otherwise),
+    "weak-style-sum": Row("plain sum, style at .6", summed, strengths=(1.0, 0.6)),
+    "weak-style": Row("default, style at .6", merged, {"method": "ziplora"}, strengths=(1.0, 0.6)),
+    "weak-subject-sum": Row("plain sum, subject at .6", summed, strengths=(0.6, 1.0)),
+    "weak-subject": Row("default, subject at .6", merged, {"method": "ziplora"}, strengths=(0.6, 1.0)),
     "subject-sparse": Row("subject alone, smallest 80% of elements dropped", sparse, {"parent": 0, "share": 0.8}),
     "style-sparse": Row("style alone, smallest 80% of elements dropped", sparse, {"parent": 1, "share": 0.8}),
 }

@@ -36,13 +36,15 @@ SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 2.0, "checkp
 CALIBRATING = ("pictures", "samples", "empty_share", "seed", "text_encoders", "guidance", "loss_guidance")
 
 
-def fields_of(chosen: Pair, regime: str, seed: int) -> dict:
+def fields_of(chosen: Pair, regime: str, seed: int, strengths: Sequence[float]) -> dict:
     """The recipe of a merge of this pair, with all that is default left out."""
     subject, style = files(chosen, regime, seed)
     words = style_prompt(style_subjects(seed)[0])  # one of the prompts it was trained with
     parents = [
-        {"lora": str(subject), "role": "subject", "prompt": subject_prompt(chosen.shown[0])},
-        {"lora": str(style), "role": "style", "prompt": words},
+        {"lora": str(file), "role": role, "prompt": prompt, "strength": strength}
+        for file, role, prompt, strength in zip(
+            (subject, style), ROLES, (subject_prompt(chosen.shown[0]), words), strengths
+        )
     ]
     return {"parents": parents, "output": "merged", "overwrite": True, "seed": seed, **SMALL}
 
@@ -83,8 +85,10 @@ class Opened:
 
 
 @contextmanager
-def opened(host: DiffusersHost, chosen: Pair, regime: str, seed: int) -> Iterator[Opened]:
-    fields = fields_of(chosen, regime, seed)
+def opened(
+    host: DiffusersHost, chosen: Pair, regime: str, seed: int, strengths: Sequence[float] = (1.0, 1.0)
+) -> Iterator[Opened]:
+    fields = fields_of(chosen, regime, seed, strengths)
     recipe = parse(fields)
     ready = job.preflight(recipe, host)
     with host.session(recipe):
@@ -209,17 +213,19 @@ def jointly(on: Opened) -> Iterator[Shown]:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: how it is made, and with what."""
+    """A line of a table: how it is made, and with what; strengths: the LoRAs' own, before anything is done with them."""
 
     title: str
     make: Callable[..., AbstractContextManager[Shown]]
     fields: dict = field(default_factory=dict)
+    strengths: tuple[float, float] = (1.0, 1.0)
 
     def spec(self) -> str:
         """All that decides its cells beside the LoRAs and the miniature: a new default makes them anew."""
         forms = {n: (o.error.__name__, o.penalty.__name__, o.lam, o.start) for n, o in OBJECTIVES.items()}
         defaults = {name: field.default for name, field in Recipe.__fields__.items()}
-        return json.dumps([self.make.__name__, self.fields, SMALL, forms, defaults], sort_keys=True)
+        own = [self.make.__name__, self.fields, self.strengths]
+        return json.dumps([own, SMALL, forms, defaults], sort_keys=True)
 
 
 # arXiv 2311.13600: at most 100 updates

@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name in args.rows or table if not done(name, table[name], regime, pair, seed, args.seeds)]
         if names and chosen.index(pair) % args.workers == args.worker:
             started = time.perf_counter()
-            with rows.opened(host, pair, regime, seed) as on:
-                for name in names:
-                    _cell(on, name, table[name], args.seeds)
+            for strengths in sorted({table[name].strengths for name in names}):
+                with rows.opened(host, pair, regime, seed, strengths) as on:
+                    for name in names:
+                        if table[name].strengths == strengths:
+                            _cell(on, name, table[name], args.seeds)
             print(
                 f"{regime} {seed} {pair.name}: {', '.join(names)} in {time.perf_counter() - started:.0f} s", flush=True
             )
