@@ -104,7 +104,7 @@ def test_the_tabs_words_loop_over_the_parents():
 
     cast = [("subject", "dog"), ("subject", "cat"), ("style", "ink")]
     told = [{"role": r, "name": n, "title": f"{r} {n}" if r == "subject" else r} for r, n in cast]
-    said = _verdict([0.2, 3.0, 0.5], [2.0, 3.0, 0.4], told)
+    said = _verdict([0.2, 3.0, 0.3], [2.0, 3.0, 0.2], told)
     assert "10 times smaller on the subject dog and as large on the subject cat and larger on the style" in said
     assert "<lora:dog:1> <lora:cat:1> <lora:ink:1>" in said, "a light group"
     assert "gets along well" not in _verdict([0.2, 3.0, 0.5], [2.0, 3.0, 0.9], told)

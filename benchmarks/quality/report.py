@@ -87,6 +87,8 @@ def results(table: str, regime: str, seeds: int, against: str = "sum") -> dict:
     for name, by_pair in found.items():
         summary[name] = {"title": TABLES[table][name].title, "pairs": len(by_pair)}
         summary[name]["LoRA seeds"] = min(map(len, by_pair.values()))
+        shown = [len(cell["measures"]["joint free"]) for here in by_pair.values() for cell in here]
+        summary[name]["pictures"] = min(shown)
         for title, measure in MEASURES.items():
             values = measured(by_pair, measure)
             if not values:
@@ -123,8 +125,10 @@ def markdown(summary: dict, columns: Sequence[str]) -> str:
 SHOWN = {
     "joint": "joint success",
     "joint, chosen balance": "at the chosen balance",
+    "joint, guidance 5": "at guidance 5",
     "own subject": "subject kept",
     "own style": "style kept",
+    "new context": "new context",
     "seconds": "seconds",
 }
 TITLES = {"strong": "Strong, overtrained LoRAs", "light": "Lightly trained LoRAs"}
@@ -141,11 +145,13 @@ def readme_tables(saved: dict) -> str:
             for name, row in saved[regime].items()
         }
         rate, steps = saved["made"]["regimes"][regime]
-        counts = sorted({row["pairs"] for row in saved[regime].values()})
-        pictures = f"{'–'.join(map(str, counts))} pairs, {saved['made']['seeds']} seeds"
-        parts.append(
-            f"**{title}** (rate {rate:g}, {steps} steps; {pictures})\n\n{markdown(renamed, list(SHOWN.values()))}"
-        )
+        made = {}
+        for what in ("pairs", "LoRA seeds", "pictures"):
+            counts = {row[what] for row in saved[regime].values()}
+            made[what] = "–".join(map(str, sorted({min(counts), max(counts)})))
+        how = f"rate {rate:g}, {steps} steps; pairs: {made['pairs']}, LoRA seeds: {made['LoRA seeds']}"
+        how += f", noise seeds: {made['pictures']}"
+        parts.append(f"**{title}** ({how})\n\n{markdown(renamed, list(SHOWN.values()))}")
     return "\n\n".join(parts)
 
 
@@ -173,7 +179,7 @@ def main() -> None:
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, CPU",
         "regimes": pairs.REGIMES,
-        "seeds": args.seeds,
+        "seeds at least": args.seeds,
     }
     result = RESULTS / f"quality-{args.table}.json"
     result.write_text(json.dumps({"made": made, **summary}, indent=1) + "\n")

@@ -22,7 +22,7 @@ def regmean(pairing: Pairing, calibration: Calibration, settings: Settings, call
     """`down` (R, columns) of every learned layer: down_i E_i (Σ_k E_k + ρ)⁻¹, with the ridge ρ towards start · down_i.
 
     The ridge decides in directions that no input has, which are many in cross-attention, where a few prompts are all that
-    is seen: there every LoRA counts with `start`, the average of two by default. Raises as `input_moments` and
+    is seen: there every LoRA counts with `start`, the plain sum by default. Raises as `input_moments` and
     `ridge_solved` do.
     """
     ridge = RIDGE if settings.ridge is None else settings.ridge
