@@ -508,7 +508,7 @@ def test_the_report_has_everything(finished, world, clip_folder):
     assert report["shares"] == {"subject": 0.5, "style": 0.5}
     assert (report["settings"]["steps"], report["settings"]["start"], report["settings"]["resolution"]) == (
         2,
-        0.5,
+        1.0,
         SIDE,
     )
     assert report["listed_pairs"] == ["subject-style"]

@@ -180,7 +180,7 @@ def test_a_smaller_rank_after_it(host, recipe_of, third_file, small_style, metho
 def test_mu_and_ridge_of_the_recipe_are_used(host, recipe_of, third_file, small_style):
     norms = []
     for fields in ({"method": "np-lora", "mu": 0.0}, {"method": "np-lora", "mu": 5.0},
-                   {"method": "ssr"}, {"method": "ssr", "ridge": 100.0}):  # fmt: skip
+                   {"method": "ssr"}, {"method": "ssr", "ridge": 100.0, "start": 0.5}):  # fmt: skip
         run(recipe_of(third_file, small_style, dtype="fp32", overwrite=True, samples=2, **fields), host)
         norms.append(sum(float(delta.square().sum()) for delta in by_key(host.destination("merged")).values()) ** 0.5)
     assert norms[1] < 0.997 * norms[0]

@@ -148,6 +148,7 @@ def test_three_kinds_in_one_file(webui, three, lycoris_network, text_encoders):
     before = webui.txt2img(PROMPT, seed=5, **PICTURE)
     name = f"three-{text_encoders}"
     body = {
+        "start": 0.5,
         "parents": three,
         **dict(output=name, steps=4, samples=4, pictures=1, text_encoders=text_encoders, dtype="fp32", overwrite=True),
         **dict(resolution=256, balance_points=1, sampler_steps=PICTURE["steps"], guidance=PICTURE["cfg_scale"]),

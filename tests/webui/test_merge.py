@@ -31,7 +31,8 @@ def recipe(output: str, **fields) -> dict:
             {"lora": "random-style", "role": "style", "prompt": STYLE, "strength": 0.8},
         ],
         "output": output,
-        **dict(steps=6, resolution=256, samples=4, pictures=1, sampler_steps=6, balance_points=1),
+        # from half: both random LoRAs at full strength saturate the pictures, where fp16's rounding shows
+        **dict(steps=6, start=0.5, resolution=256, samples=4, pictures=1, sampler_steps=6, balance_points=1),
         **fields,
     }
 
@@ -347,7 +348,7 @@ def test_bad_recipes_and_files_are_refused_by_name(webui, loras):
 
 def test_schema_and_unknown_jobs(webui):
     schema = webui.get("/ziplora/v1/schema").json()
-    assert schema["properties"]["steps"]["default"] == 100
+    assert schema["properties"]["steps"]["default"] == 50
     assert webui.get("/ziplora/v1/jobs/none").status_code == 404
     assert webui.post("/ziplora/v1/jobs/none/stop").status_code == 404
 
