@@ -129,7 +129,10 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     guidance: float = Field(5.0, ge=1, le=30, description="guidance of calibration and preview pictures")
     batch: int = Field(1, ge=1, le=16, description="samples of each LoRA in a step")
     at_once: int = Field(
-        1, ge=1, le=32, description="samples in one forward pass: more is faster and takes more memory"
+        1,
+        ge=1,
+        le=32,
+        description="samples in one forward pass, two rows each under guidance: more is faster and takes more memory",
     )
     checkpointing: bool = Field(True, description="recompute blocks in the backward: slower, far less memory")
     balance_points: int = Field(

@@ -15,7 +15,7 @@ from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import joint_prompt, style_prompt, style_subjects, subject_prompt, subject_words
 from ziplora_lib.merge import balance
 
-# the most that leaves each LoRA alone right on its own prompt in this world: more oversaturates it
+# nine in ten pictures of a LoRA alone on its own prompt are right here; at 3 one style of the first four never was
 GUIDANCE = 2.0
 BALANCES = balance.points(5)
 Choose = Callable[[float], None]  # sets the balance; what else is attached stays

@@ -90,7 +90,7 @@ class Objective:
 
 
 OBJECTIVES = {
-    # the row "ZipLoRA, default" of benchmarks/results/quality-main.json; its parts one by one in quality-ablations.json
+    # the row "ZipLoRA, default" of benchmarks/results/quality-main.json; chosen on four validation pairs
     "guided": Objective(l2_error, overlap, lam=0.0, start=1.0, guidance=3.0),
     # the paper's settings, for comparison
     "paper": Objective(l2_error, cosine, lam=0.01, start=1.0),
