@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, m
 from ziplora_lib import calibration
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.samples import STYLE_WORD, style_training, subject_training, subject_words
-from ziplora_lib.merge.method import Calibration, Sample
+from ziplora_lib.merge import METHODS
+from ziplora_lib.merge.attach import Down
+from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
 from ziplora_lib.merge.objective import (
     OBJECTIVES,
     Columns,
@@ -28,6 +30,7 @@ from ziplora_lib.merge.objective import (
     product,
     relative_error,
 )
+from ziplora_lib.merge.pairing import Pairing
 
 
 def mse(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
@@ -59,6 +62,28 @@ def with_form(on: Opened, error: str, penalty: str, lam: float, start: float = 1
     """Another form of the loss, from the default's start."""
     form = replace(OBJECTIVES["guided"], error=ERRORS[error], penalty=PENALTIES[penalty])
     with patch.dict(OBJECTIVES, {"guided": form}), merged(on, "ziplora", lam=lam, start=start, **fields) as shown:
+        yield shown
+
+
+@contextmanager
+def from_method(on: Opened, first: str, **fields) -> Iterator[Shown]:
+    """Coefficients learned on top of what another method made of the factors."""
+
+    def both(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
+        begun = METHODS[first](pairing, calibration, settings, callback)
+
+        def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
+            given = {key: lambda _, key=key: begun.stacks[key].down for key in pairing.learned}
+            for key, down in downs.items():
+                given[key] = lambda _, key=key, down=down: down(begun.stacks[key])
+            return calibration.predict(samples, given)
+
+        return as_it_is(
+            replace(pairing, stacks=begun.stacks), replace(calibration, predict=predict), settings, callback
+        )
+
+    as_it_is = METHODS["ziplora"]
+    with patch.dict(METHODS, {"ziplora": both}), merged(on, "ziplora", **fields) as shown:
         yield shown
 
 
@@ -219,6 +244,8 @@ ABLATIONS: Mapping[str, Row] = {
     "weak-style": Row("default, style at .6", merged, {"method": "ziplora"}, strengths=(1.0, 0.6)),
     "weak-subject-sum": Row("plain sum, subject at .6", summed, strengths=(0.6, 1.0)),
     "weak-subject": Row("default, subject at .6", merged, {"method": "ziplora"}, strengths=(0.6, 1.0)),
+    "from-regmean": Row("from RegMean", from_method, {"first": "regmean"}),
+    "from-ssr": Row("from SSR-Merge", from_method, {"first": "ssr"}),
     "subject-sparse": Row("subject alone, smallest 80% of elements dropped", sparse, {"parent": 0, "share": 0.8}),
     "style-sparse": Row("style alone, smallest 80% of elements dropped", sparse, {"parent": 1, "share": 0.8}),
 }

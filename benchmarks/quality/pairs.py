@@ -30,7 +30,7 @@ LORAS = CACHE / "loras"
 JOINT_STEPS = 400
 # how a LoRA is trained, learning rate and steps: lightly, and overtrained (1,000 steps, as in arXiv 2311.13600)
 REGIMES = {"light": (1e-3, 250), "strong": (3e-3, 1000)}
-PAIRS, VALIDATION = 20, 4
+PAIRS, VALIDATION = 20, 8
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def pairs() -> list[Pair]:
 
 
 def validation_pairs() -> list[Pair]:
-    return [Pair(10 + i % 2, 10 + i) for i in range(VALIDATION)]
+    return [Pair(10 + (i + i // 4) % 2, 10 + i % 4) for i in range(VALIDATION)]
 
 
 def files(pair: Pair, regime: str, seed: int) -> tuple[Path, Path]:

@@ -29,7 +29,7 @@ TABLES = {"main": rows.ROWS, "ablations": ABLATIONS}
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", choices=TABLES, default="main")
-    parser.add_argument("--rows", nargs="+")
+    parser.add_argument("--rows", nargs="+", help="of either table; all of the one if not given")
     parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--validation", action="store_true", help="the validation pairs instead")
     parser.add_argument("--lora-seeds", type=int, default=2)
@@ -48,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit("a worker failed; what is done is kept, and the next run goes on from there")
         return
     torch.set_num_threads(1)
-    table = TABLES[args.table]
+    asked = args.rows or list(TABLES[args.table])
+    table = {**rows.ROWS, **ABLATIONS}
     chosen = pairs.validation_pairs() if args.validation else pairs.pairs()[: args.pairs]
     todo = [(seed, regime, pair) for seed in range(args.lora_seeds) for pair in chosen for regime in args.regimes]
     host = DiffusersHost("miniature", device="cpu")
     # dealt by pair: two workers never train the same LoRA; with more some may be trained twice, to the same bytes
     for seed, regime, pair in todo:
-        names = [name for name in args.rows or table if not done(name, table[name], regime, pair, seed, args.seeds)]
+        names = [name for name in asked if not done(name, table[name], regime, pair, seed, args.seeds)]
         if names and chosen.index(pair) % args.workers == args.worker:
             started = time.perf_counter()
             for strengths in sorted({table[name].strengths for name in names}):
