@@ -60,8 +60,10 @@ def test_the_chosen_balance_is_judged_on_seeds_that_did_not_choose_it():
     assert chosen(rows) == 0.0, "each half's best is the other half's worst"
     worse, better = ({f"joint/{b:g}": row for b in BALANCES} for row in ("0000", "1101"))
     assert chosen(worse, better) == 0.75, "among the balances of both"
-    rows["joint/-1"] = "1111"
+    rows["joint/0"], rows["joint/0.5"], rows["joint/-1"] = "1000", "0010", "1111"
     assert chosen(rows) == 1.0
+    rows["joint/0"] = "1110"
+    assert chosen(rows) == 0.75, "of equals on the first half the one that changes least, which is worse on the other"
 
 
 def test_a_table_shows_means_and_the_intervals_of_differences():
@@ -73,6 +75,28 @@ def test_a_table_shows_means_and_the_intervals_of_differences():
         "| plain sum | .50 |  |",
         "| ZipLoRA | .75 (+.10, +.40) |  |",
     ]
+
+
+def test_numbers_from_ten_on_keep_their_digits():
+    summary = {"zip": {"title": "ZipLoRA", "seconds": {"mean": 20.25, "interval": [-0.5, 10.5]}}}
+    assert report.markdown(summary, ["seconds"]).splitlines()[2:] == ["| ZipLoRA | 20.25 (-.50, +10.50) |"]
+
+
+def test_only_the_same_loras_and_noise_are_compared(monkeypatch):
+    """A row with two LoRA seeds beside a plain sum with one: the second seed counts for the mean alone."""
+
+    def cell(seed, digits):
+        return {"lora seed": seed, "measures": {"joint/0": digits, "joint free": digits}, "facts": {}}
+
+    pair, other = pairs()[:2]
+    found = {
+        "sum": {pair: [cell(0, "0000")], other: [cell(0, "1100")]},
+        "ziplora": {pair: [cell(0, "1111"), cell(1, "0000")], other: [cell(0, "1111"), cell(1, "11110000")]},
+    }
+    monkeypatch.setattr(report, "cells", lambda *_: found)
+    joint = report.results("main", "strong", 4)["ziplora"]["joint"]
+    assert joint["mean"] == pytest.approx((0.5 + 0.75) / 2)
+    assert joint["difference"] == pytest.approx((1.0 + 0.5) / 2)
 
 
 def test_the_readme_says_what_the_results_say():

@@ -65,12 +65,19 @@ def with_form(on: Opened, error: str, penalty: str, lam: float, start: float = 1
         yield shown
 
 
+def text_learned(on: Opened) -> AbstractContextManager[Shown]:
+    """Coefficients on the text encoders too, where the LoRAs have such layers."""
+    everything = [key for key in on.pairing.stacks if key in on.slots]
+    return merged(replace(on, pairing=replace(on.pairing, learned=everything)), "ziplora", text_encoders="learn")
+
+
 @contextmanager
-def from_method(on: Opened, first: str, **fields) -> Iterator[Shown]:
-    """Coefficients learned on top of what another method made of the factors."""
+def from_method(on: Opened, first: str, only: str = "", **fields) -> Iterator[Shown]:
+    """Coefficients learned on top of what another method made of the factors, of the layers so named."""
 
     def both(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
-        begun = METHODS[first](pairing, calibration, settings, callback)
+        where = [key for key in pairing.learned if only in key]
+        begun = METHODS[first](replace(pairing, learned=where), calibration, settings, callback)
 
         def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
             given = {key: lambda _, key=key: begun.stacks[key].down for key in pairing.learned}
@@ -236,6 +243,7 @@ ABLATIONS: Mapping[str, Row] = {
     "steps-300": zip_with("300 steps", steps=300),
     "samples-16": zip_with("16 samples of each", samples=16),
     "pictures-1": zip_with("one picture of each", pictures=1),
+    "text-learned": Row("text encoders learned", text_learned),
     "attention": Row("attention only learned", attention_only),
     "references": Row("the training pictures as references", with_references),
     "trajectories": Row("no guidance, points on the LoRAs' own trajectories", on_trajectories),
@@ -245,6 +253,7 @@ ABLATIONS: Mapping[str, Row] = {
     "weak-subject-sum": Row("plain sum, subject at .6", summed, strengths=(0.6, 1.0)),
     "weak-subject": Row("default, subject at .6", merged, {"method": "ziplora"}, strengths=(0.6, 1.0)),
     "from-regmean": Row("from RegMean", from_method, {"first": "regmean"}),
+    "from-regmean-cross": Row("from RegMean of cross-attention", from_method, {"first": "regmean", "only": "_attn2_"}),
     "from-ssr": Row("from SSR-Merge", from_method, {"first": "ssr"}),
     "subject-sparse": Row("subject alone, smallest 80% of elements dropped", sparse, {"parent": 0, "share": 0.8}),
     "style-sparse": Row("style alone, smallest 80% of elements dropped", sparse, {"parent": 1, "share": 0.8}),

@@ -71,9 +71,10 @@ def chosen(*rows: dict[str, str]) -> float:
 
     rows: measures of what the user is shown a strip of; the choice is among all their balances.
     """
-    at = [measures[f"joint/{b:g}"] for measures in rows for b in BALANCES if f"joint/{b:g}" in measures]
-    half = len(at[0]) // 2
-    halves = [(row[:half], row[half:]) for row in at]
+    nearest = sorted(BALANCES, key=abs)  # of equals, the one that changes least
+    at = [measures[f"joint/{b:g}"] for measures in rows for b in nearest if f"joint/{b:g}" in measures]
+    n = min(map(len, at))
+    halves = [(row[: n // 2], row[n // 2 : n]) for row in at]
 
     def judged(by: int) -> float:
         best = max(halves, key=lambda pair: share(pair[by]))

@@ -30,6 +30,8 @@ LORAS = CACHE / "loras"
 JOINT_STEPS = 400
 # how a LoRA is trained, learning rate and steps: lightly, and overtrained (1,000 steps, as in arXiv 2311.13600)
 REGIMES = {"light": (1e-3, 250), "strong": (3e-3, 1000)}
+# and lightly, with both text encoders: for one question of the ablations
+TEXT = {"text": (1e-3, 250)}
 PAIRS, VALIDATION = 20, 8
 
 
@@ -73,10 +75,15 @@ def joint_file(pair: Pair, seed: int) -> Path:
     return path if path.exists() else train(joint_training(*pair.shown, path.stem, seed), LORAS, JOINT_STEPS)
 
 
-def _file(name: str, regime: str, training: Callable[..., Training]) -> Path:
-    lr, steps = REGIMES[regime]
+def training(regime: str) -> tuple[float, int]:
+    """The regime's learning rate and steps."""
+    return (REGIMES | TEXT)[regime]
+
+
+def _file(name: str, regime: str, made: Callable[..., Training]) -> Path:
+    lr, steps = training(regime)
     path = LORAS / f"{name}-{regime}-{lr:g}-{steps}.safetensors"
-    return path if path.exists() else train(training(name=path.stem, lr=lr), LORAS, steps)
+    return path if path.exists() else train(made(name=path.stem, lr=lr, text_encoders=regime in TEXT), LORAS, steps)
 
 
 def joint_training(subject: Subject, style: Style, name: str, seed: int = 0) -> Training:

@@ -1,6 +1,6 @@
 """From the cells to what is shown: one JSON of results, the README's table and a figure.
 
-python -m benchmarks.quality.report [--table main|ablations]
+python -m benchmarks.quality.report [--table main|ablations|validation]
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.quality import pairs
+from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.measures import chosen, share
 from benchmarks.quality.rows import ROWS
 from benchmarks.quality.run import TABLES, done, path
@@ -54,18 +57,27 @@ MEASURES: dict[str, Callable[[dict], float]] = {
 }
 
 
+# validation: all rows, on the pairs that settings are chosen by
+SHOWN_TABLES = {**TABLES, "validation": {**ROWS, **ABLATIONS}}
+
+
+# rows of LoRAs at other strengths are compared with their own plain sum
+OWN_BASE = {"weak-style": "weak-style-sum", "weak-subject": "weak-subject-sum"}
+
+
 def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dict]]]:
     """By row, by pair: a cell a LoRA seed, each with that of the plain sum."""
     found: dict[str, dict[tuple, list[dict]]] = {}
-    for name, row in TABLES[table].items():
+    for name, row in SHOWN_TABLES[table].items():
         by_pair = {}
-        for pair in pairs.pairs():
+        for pair in pairs.validation_pairs() if table == "validation" else pairs.pairs():
             here = []
             for seed in range(LORA_SEEDS):
                 if done(name, row, regime, pair, seed, seeds):
-                    here.append(json.loads(path(name, regime, pair, seed).read_text()))
-                    if done("sum", ROWS["sum"], regime, pair, seed, seeds):
-                        here[-1]["plain sum"] = json.loads(path("sum", regime, pair, seed).read_text())
+                    cell = json.loads(path(name, regime, pair, seed).read_text())
+                    if done("sum", ROWS["sum"], regime, pair, seed, len(cell["measures"]["joint free"])):
+                        cell["plain sum"] = json.loads(path("sum", regime, pair, seed).read_text())
+                    here.append(cell)
             if here:
                 by_pair[pair] = here
         if by_pair:
@@ -74,18 +86,36 @@ def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dic
 
 
 def measured(by_pair: dict[tuple, list[dict]], measure: Callable[[dict], float]) -> dict[tuple, float]:
-    """The measure's mean over LoRA seeds, by pair; empty where a row has no such thing."""
-    try:
-        return {pair: statistics.mean(map(measure, here)) for pair, here in by_pair.items()}
-    except KeyError:
-        return {}
+    """The measure's mean over LoRA seeds, by pair; without the cells that have no such thing."""
+
+    def of_cells(here: list[dict]) -> Iterator[float]:
+        for cell in here:
+            with suppress(KeyError):
+                yield measure(cell)
+
+    means = {pair: list(of_cells(here)) for pair, here in by_pair.items()}
+    return {pair: statistics.mean(values) for pair, values in means.items() if values}
+
+
+def _of_same_loras(by_pair: dict[tuple, list[dict]], others: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
+    """The cells whose LoRAs and noise seeds the other row has too: only what differs in nothing else is compared."""
+
+    def drawn(cell: dict) -> tuple:
+        return cell["lora seed"], len(cell["measures"]["joint free"])
+
+    same = {}
+    for pair, here in by_pair.items():
+        asked = set(map(drawn, others.get(pair, [])))
+        if kept := [cell for cell in here if drawn(cell) in asked]:
+            same[pair] = kept
+    return same
 
 
 def results(table: str, regime: str, seeds: int, against: str = "sum") -> dict:
     """By row, by measure: the mean over pairs, and the paired difference to the row `against` with its interval."""
     found, summary = cells(table, regime, seeds), {}
     for name, by_pair in found.items():
-        summary[name] = {"title": TABLES[table][name].title, "pairs": len(by_pair)}
+        summary[name] = {"title": SHOWN_TABLES[table][name].title, "pairs": len(by_pair)}
         summary[name]["LoRA seeds"] = min(map(len, by_pair.values()))
         shown = [len(cell["measures"]["joint free"]) for here in by_pair.values() for cell in here]
         summary[name]["pictures"] = min(shown)
@@ -94,11 +124,14 @@ def results(table: str, regime: str, seeds: int, against: str = "sum") -> dict:
             if not values:
                 continue
             summary[name][title] = {"mean": round(statistics.mean(values.values()), 4)}
-            base = measured(found.get(against, {}), measure)
-            common = [pair for pair in values if pair in base]
+            other = found.get(OWN_BASE.get(name, against), {})
+            mine, base = (
+                measured(_of_same_loras(one, two), measure) for one, two in ((by_pair, other), (other, by_pair))
+            )
+            common = [pair for pair in mine if pair in base]
             if name != against and len(common) > 1:
-                low, high = interval([values[pair] - base[pair] for pair in common])
-                difference = statistics.mean(values[pair] - base[pair] for pair in common)
+                low, high = interval([mine[pair] - base[pair] for pair in common])
+                difference = statistics.mean(mine[pair] - base[pair] for pair in common)
                 summary[name][title] |= {
                     "difference": round(difference, 4),
                     "interval": [round(low, 4), round(high, 4)],
@@ -113,12 +146,16 @@ def markdown(summary: dict, columns: Sequence[str]) -> str:
         entries = []
         for column in columns:
             entry = row.get(column)
-            text = "" if entry is None else f"{entry['mean']:.2f}".replace("0.", ".", 1)
+            text = "" if entry is None else _short(f"{entry['mean']:.2f}")
             if entry and "interval" in entry:
-                text += " ({}, {})".format(*(f"{v:+.2f}".replace("0.", ".", 1) for v in entry["interval"]))
+                text += " ({}, {})".format(*(_short(f"{v:+.2f}") for v in entry["interval"]))
             entries.append(text)
         lines.append(f"| {row['title']} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def _short(number: str) -> str:
+    return re.sub(r"^([+-]?)0\.", r"\1.", number)
 
 
 # what the README shows of each regime: of these measures, and how they are called there
@@ -168,11 +205,12 @@ def into_readme(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", choices=TABLES, default="main")
+    parser.add_argument("--table", choices=SHOWN_TABLES, default="main")
     parser.add_argument("--seeds", type=int, default=8, help="pictures that a cell needs at least to be counted")
     parser.add_argument("--against", default="sum", help="the row that differences are taken to")
     args = parser.parse_args()
-    summary = {regime: results(args.table, regime, args.seeds, args.against) for regime in pairs.REGIMES}
+    summary = {regime: results(args.table, regime, args.seeds, args.against) for regime in pairs.REGIMES | pairs.TEXT}
+    summary = {regime: found for regime, found in summary.items() if found}
     packages = ("torch", "diffusers", "peft", "safetensors", "numpy")
     made = {
         "miniature": pairs.weights_hash(),

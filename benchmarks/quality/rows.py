@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import re
 import time
@@ -14,7 +16,10 @@ import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
-from benchmarks.quality.pairs import Pair, files, joint_file
+from benchmarks import sampling
+from benchmarks.judge import WEIGHTS
+from benchmarks.quality.measures import BALANCES, GUIDANCE
+from benchmarks.quality.pairs import JOINT_STEPS, Pair, files, joint_file
 from ziplora_lib import calibration, job
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -24,6 +29,7 @@ from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
 from ziplora_lib.merge.analysis import weighted_overlap
 from ziplora_lib.merge.attach import Router, Slot, attach
+from ziplora_lib.merge.judging import retained
 from ziplora_lib.merge.method import Calibration, Sample
 from ziplora_lib.merge.objective import OBJECTIVES, relative_error
 from ziplora_lib.merge.pairing import Pairing
@@ -79,7 +85,8 @@ class Opened:
         self.router.bare()
         sums = [0.0, 0.0]
         for s in self.held_out:
-            predicted = self.host.predict(s.x, s.t, [s.cond])
+            told = self.host.encode(s.text, world.SIDE, negative=not s.text)  # as the text encoders are now
+            predicted = self.host.predict(s.x, s.t, [told])
             sums[s.parent] += float(relative_error(predicted, s.target, s.bare)) / (len(self.held_out) / 2)
         return sums
 
@@ -152,7 +159,8 @@ def summed(on: Opened, weights: tuple[float, float] = (1.0, 1.0)) -> Iterator[Sh
 
 def best_fixed(on: Opened) -> AbstractContextManager[Shown]:
     """The plain sum at the strengths that served the validation pairs of this regime best."""
-    return summed(on, tuple(json.loads(GRID.read_text())[on.regime]["best"]))
+    best = json.loads(GRID.read_text())
+    return summed(on, tuple(best.get(on.regime, best["light"])["best"]))
 
 
 @contextmanager
@@ -164,6 +172,7 @@ def merged(on: Opened, method: str, **fields) -> Iterator[Shown]:
         started = time.perf_counter()
         done = METHODS[method](on.pairing, samples, job.settings_of(recipe), lambda _: None)
         facts = {"calibrate s": seconds, "merge s": time.perf_counter() - started, **done.summary}
+    facts["retained"] = retained(on.pairing, done.stacks)
     facts["overlap"] = weighted_overlap(on.pairing.stacks, done.stacks)["all"]
     with in_weights(on, by_parent(done.stacks)) as choose:
         yield Shown(lambda at: choose(balance.weights(at, ROLES)), facts=facts | peak)
@@ -191,6 +200,7 @@ def memory() -> Iterator[dict[str, float]]:
         return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 1024
 
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and is kept for later would hide what is taken now
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = told("VmRSS")
     except OSError:
@@ -225,7 +235,10 @@ class Row:
         forms = {n: (o.error.__name__, o.penalty.__name__, o.lam, o.start, o.guidance) for n, o in OBJECTIVES.items()}
         defaults = {name: field.default for name, field in Recipe.__fields__.items()}
         own = [self.make.__name__, self.fields, self.strengths]
-        return json.dumps([own, SMALL, forms, defaults], sort_keys=True)
+        if self.make is best_fixed:
+            own.append(json.loads(GRID.read_text()))
+        pictures = [sampling.STEPS, GUIDANCE, BALANCES, hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]]
+        return json.dumps([own, SMALL, forms, defaults, pictures, JOINT_STEPS], sort_keys=True)
 
 
 # arXiv 2311.13600: at most 100 updates

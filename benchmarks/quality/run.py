@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", action="store_true", help="the validation pairs instead")
     parser.add_argument("--lora-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=32)
-    parser.add_argument("--regimes", nargs="+", choices=pairs.REGIMES, default=list(pairs.REGIMES))
+    parser.add_argument("--regimes", nargs="+", choices=pairs.REGIMES | pairs.TEXT, default=list(pairs.REGIMES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -79,7 +79,7 @@ def _cell(on: rows.Opened, name: str, row: rows.Row, seeds: int) -> None:
         "regime": on.regime,
         "pair": [on.pair.subject, on.pair.style],
         "lora seed": on.seed,
-        "training": pairs.REGIMES[on.regime],
+        "training": pairs.training(on.regime),
         "measures": result,
         "facts": facts,
         "pictures s": time.perf_counter() - started,
@@ -102,7 +102,7 @@ def done(name: str, row: rows.Row, regime: str, pair: pairs.Pair, seed: int, see
     if not file.exists():
         return False
     cell = json.loads(file.read_text())
-    same = cell["spec"] == row.spec() and cell["training"] == list(pairs.REGIMES[regime])
+    same = cell["spec"] == row.spec() and cell["training"] == list(pairs.training(regime))
     return same and len(cell["measures"]["joint free"]) >= seeds
 
 
