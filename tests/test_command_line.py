@@ -330,7 +330,7 @@ def test_every_field_of_the_recipe_has_a_flag_with_its_default(pair_files):
              "resolution": 512, "dtype": "bf16", "overwrite": True, "allow_same": True, "pictures": 2, "samples": 8,
              "empty_share": 0.5, "sampler_steps": 3, "guidance": 2.0, "batch": 2, "at_once": 2, "checkpointing": False,
              "balance_points": 3, "preview_prompt": "x", "text_encoders": "learn", "equal_norms": True, "dense_rank": 8,
-             "max_rank": 12, "ridge": 0.2, "mu": 0.7, "keep_energy": 0.9, "keep_norm": 0.95,
+             "max_rank": 12, "ridge": 0.2, "keep_energy": 0.9, "keep_norm": 0.95,
              "layer_names": "peft", "loss_guidance": 4.0}  # fmt: skip
     assert other.keys() == Recipe.__fields__.keys() - {"parents", "output"}
     for field, value in other.items():

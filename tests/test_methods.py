@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from benchmarks.methods import COMPARED, NEEDS_SAMPLES
+from benchmarks.methods.average import average
+from benchmarks.methods.closed_form import least_squares
+from benchmarks.methods.np_lora import np_lora, row_space
 from ziplora_lib.errors import MergeFailed, Stopped
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, SAID, statistics
 from ziplora_lib.merge.attach import Slot, attach
-from ziplora_lib.merge.closed_form import least_squares
 from ziplora_lib.merge.method import Calibration, Sample, Settings
-from ziplora_lib.merge.np_lora import row_space
 from ziplora_lib.merge.pairing import pair
 from ziplora_lib.merge.statistics import input_moments, rank_moments, ridge_solved
 
@@ -131,7 +133,7 @@ class World:
 
     def run(self, method, callback=lambda info: False, **settings):
         settings = Settings(**{"at_once": 3, **settings})
-        return self.calibrated(lambda calibration: METHODS[method](self.pairing, calibration, settings, callback))
+        return self.calibrated(lambda calibration: COMPARED[method](self.pairing, calibration, settings, callback))
 
 
 def merged_delta(merged, key):
@@ -330,7 +332,7 @@ def test_ssr_is_the_least_squares_in_rank_space(parents, ridge):
         close(merged_delta(merged, key), stack.up.double() @ k @ stack.down.double().flatten(1), rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", sorted(NEEDS_MODEL))
+@pytest.mark.parametrize("method", sorted(NEEDS_SAMPLES))
 @pytest.mark.parametrize("parents", [2, 3, 8])
 def test_halves_keep_their_up_and_errors_are_those_of_what_is_saved(method, parents):
     world = World(parents)
@@ -359,7 +361,7 @@ def test_halves_keep_their_up_and_errors_are_those_of_what_is_saved(method, pare
     assert told["retained"] == pytest.approx(float((norm / plain).sqrt()), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", sorted(NEEDS_MODEL))
+@pytest.mark.parametrize("method", sorted(NEEDS_SAMPLES))
 def test_the_same_run_twice_is_the_same(method):
     first, second = (World().run(method, steps=3) for _ in "ab")
     assert all(torch.equal(stack.down, second.stacks[key].down) for key, stack in first.stacks.items())
@@ -371,7 +373,7 @@ def test_the_same_run_twice_is_the_same(method):
 @pytest.mark.parametrize("parents", [2, 3, 8])
 def test_average(parents):
     world = World(parents)
-    merged = METHODS["average"](world.pairing, None, Settings(), lambda info: None)
+    merged = average(world.pairing, None, Settings(), lambda info: None)
     for key in WEIGHTS:
         close(merged_delta(merged, key), sum(world.delta(i, key) for i in range(parents)) / parents)
     assert torch.equal(merged.stacks[TEXT].down, world.pairing.stacks[TEXT].down), "not learned, so summed"
@@ -380,7 +382,7 @@ def test_average(parents):
 
 def projected(world, first=1, **settings):
     pairing = replace(world.pairing, first=first)
-    return METHODS["np-lora"](pairing, None, Settings(**settings), lambda info: None)
+    return np_lora(pairing, None, Settings(), lambda info: None, **settings)
 
 
 @pytest.mark.parametrize("first", [1, 2])

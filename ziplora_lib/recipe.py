@@ -82,9 +82,8 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         None,
         gt=0,
         le=1000,
-        description="how strongly closed-form, regmean and ssr are drawn to the start; the method's own if not given",
+        description="how strongly regmean and ssr are drawn to the start; the method's own if not given",
     )
-    mu: float = Field(0.5, ge=0, le=1000, description="how much np-lora removes of what the LoRAs share")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     resolution: int = Field(1024, ge=64, le=2048, description="side of the calibration pictures in pixels")
     dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="number format of the saved file")

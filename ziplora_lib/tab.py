@@ -30,7 +30,6 @@ ADVANCED = {
         "start": "Start",
         "loss_guidance": "Guidance in the loss",
         "ridge": "Ridge",
-        "mu": "Projection",
         "batch": "Samples a step",
         "at_once": "Samples at once",
         "checkpointing": "Save memory",
@@ -64,7 +63,7 @@ LABELS = {"output": "Output name", "steps": "Steps", "seed": "Seed"}
 LABELS |= {field: label for group in ADVANCED.values() for field, label in group.items()}
 
 # fields typed as a number; the other numbers are sliders with these steps, 1 where nothing is said
-TYPED = {"seed", "lr", "mu", "dense_rank"}
+TYPED = {"seed", "lr", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
 NOT_GIVEN = {**dict.fromkeys(("lam", "start", "loss_guidance"), "the objective's own"), "ridge": "the method's own"}
@@ -541,8 +540,6 @@ def _learned(learned: dict, parents: list[dict]) -> str:
     """What was learned, in plain words."""
     merged, summed = learned.get("error"), learned.get("error_plain_sum")
     if not merged or not summed:
-        if learned.get("method") != "direct":
-            return _line(f"Merged by {learned['method']}, without asking the model; nothing was learned.")
         return _line("The LoRAs were added as they are; nothing was learned.")
     rows = "".join(
         f"<tr><td>{_capital(parent['role'])} <i>{html.escape(parent['name'])}</i></td>"

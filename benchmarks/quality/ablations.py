@@ -13,12 +13,12 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.methods import COMPARED
 from benchmarks.quality.pairs import CACHE
 from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, merged, summed
 from ziplora_lib import calibration
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.samples import STYLE_WORD, style_training, subject_training, subject_words
-from ziplora_lib.merge import METHODS
 from ziplora_lib.merge.attach import Down
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
 from ziplora_lib.merge.objective import (
@@ -77,7 +77,7 @@ def from_method(on: Opened, first: str, only: str = "", **fields) -> Iterator[Sh
 
     def both(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
         where = [key for key in pairing.learned if only in key]
-        begun = METHODS[first](replace(pairing, learned=where), calibration, settings, callback)
+        begun = COMPARED[first](replace(pairing, learned=where), calibration, settings, callback)
 
         def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
             given = {key: lambda _, key=key: begun.stacks[key].down for key in pairing.learned}
@@ -89,8 +89,8 @@ def from_method(on: Opened, first: str, only: str = "", **fields) -> Iterator[Sh
             replace(pairing, stacks=begun.stacks), replace(calibration, predict=predict), settings, callback
         )
 
-    as_it_is = METHODS["ziplora"]
-    with patch.dict(METHODS, {"ziplora": both}), merged(on, "ziplora", **fields) as shown:
+    as_it_is = COMPARED["ziplora"]
+    with patch.dict(COMPARED, {"ziplora": both}), merged(on, "ziplora", **fields) as shown:
         yield shown
 
 

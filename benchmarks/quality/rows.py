@@ -1,4 +1,4 @@
-"""The rows of the table: what is done with a pair's two LoRAs. METHODS' own rows run the very functions that users run."""
+"""The rows of the table: what is done with a pair's two LoRAs. those of methods run the very functions that users run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import sampling
 from benchmarks.judge import WEIGHTS
+from benchmarks.methods import COMPARED, NEEDS_SAMPLES
 from benchmarks.quality.measures import BALANCES, GUIDANCE
 from benchmarks.quality.pairs import JOINT_STEPS, Pair, files, joint_file
 from ziplora_lib import calibration, job
@@ -26,7 +27,7 @@ from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import style_prompt, style_subjects, subject_prompt
 from ziplora_lib.lora.reader import read
 from ziplora_lib.lora.stack import Stack
-from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
+from ziplora_lib.merge import balance
 from ziplora_lib.merge.analysis import weighted_overlap
 from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.judging import retained
@@ -165,12 +166,12 @@ def best_fixed(on: Opened) -> AbstractContextManager[Shown]:
 
 @contextmanager
 def merged(on: Opened, method: str, **fields) -> Iterator[Shown]:
-    """One of METHODS. fields: of the recipe, what is other than default."""
-    recipe = parse({**on.fields, "method": method, **fields})
-    samples, seconds = on.calibration(recipe) if method in NEEDS_MODEL else (None, 0.0)
+    """One of COMPARED. fields: of the recipe, what is other than default."""
+    recipe = parse({**on.fields, **fields})
+    samples, seconds = on.calibration(recipe) if method in NEEDS_SAMPLES else (None, 0.0)
     with memory() as peak:
         started = time.perf_counter()
-        done = METHODS[method](on.pairing, samples, job.settings_of(recipe), lambda _: None)
+        done = COMPARED[method](on.pairing, samples, job.settings_of(recipe), lambda _: None)
         facts = {"calibrate s": seconds, "merge s": time.perf_counter() - started, **done.summary}
     facts["retained"] = retained(on.pairing, done.stacks)
     facts["overlap"] = weighted_overlap(on.pairing.stacks, done.stacks)["all"]

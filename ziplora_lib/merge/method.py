@@ -67,7 +67,6 @@ class Settings:
     at_once: int = 1
     seed: int = 0
     ridge: float | None = None
-    mu: float = 0.5
 
 
 @dataclass(frozen=True)

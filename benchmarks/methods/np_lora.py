@@ -13,14 +13,18 @@ from torch import Tensor
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Settings
 from ziplora_lib.merge.pairing import Pairing
 
+MU = 0.5  # the paper's
 
-def np_lora(pairing: Pairing, calibration: Calibration | None, settings: Settings, callback: Callback) -> Merged:
+
+def np_lora(
+    pairing: Pairing, calibration: Calibration | None, settings: Settings, callback: Callback, mu: float = MU
+) -> Merged:
     """`down` of every subject, projected against those of all styles together; `up` and the styles stay as they are.
 
     LoRAs of one role: the first is projected against all others. Several subjects are not projected against each other, nor
-    several styles. settings.mu: 0 is the plain sum; without bound, nothing in the styles' input space is left.
+    several styles. mu: 0 is the plain sum; without bound, nothing in the styles' input space is left.
     """
-    removed = settings.mu / (1 + settings.mu)
+    removed = mu / (1 + mu)
     stacks = dict(pairing.stacks)
     for key in pairing.learned:
         stack = stacks[key]
