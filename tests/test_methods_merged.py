@@ -180,19 +180,3 @@ def test_what_is_printed(host, recipe_of, third_file, small_style, method):
     said = summary(run(recipe_of(third_file, small_style, method=method, steps=1, samples=2), host))
     assert ("error against this LoRA alone" in said) == (method in NEEDS_MODEL)
     assert ("mean coefficient" in said) == (method == "ziplora")
-
-
-@pytest.mark.parametrize(
-    "learned",
-    [{"method": "direct"}, {"method": "ssr", "error": [0.2, 0.3], "error_plain_sum": [1.0, 2.0]}],
-    ids=lambda learned: learned["method"],
-)
-def test_the_tabs_words(learned):
-    pytest.importorskip("gradio")
-    from ziplora_lib.tab import _learned
-
-    told = [{"role": role, "name": role, "title": role} for role in ("subject", "style")]
-    said = _learned(learned, told)
-    word = {"direct": "added as they are", "ssr": "times smaller"}[learned["method"]]
-    assert word in said
-    assert "Best at step" not in said

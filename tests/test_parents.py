@@ -100,16 +100,10 @@ def test_what_is_printed_loops_over_the_parents(host, three, recipe_of):
 
 def test_the_tabs_words_loop_over_the_parents():
     pytest.importorskip("gradio")
-    from ziplora_lib.tab import _learned, _verdict
+    from ziplora_lib.tab import _learned
 
     cast = [("subject", "dog"), ("subject", "cat"), ("style", "ink")]
     told = [{"role": r, "name": n, "title": f"{r} {n}" if r == "subject" else r} for r, n in cast]
-    said = _verdict([0.2, 3.0, 0.3], [2.0, 3.0, 0.2], told)
-    assert "10 times smaller on the subject dog and as large on the subject cat and larger on the style" in said
-    assert "<lora:dog:1> <lora:cat:1> <lora:ink:1>" in said, "a light group"
-    assert "gets along well" not in _verdict([0.2, 3.0, 0.5], [2.0, 3.0, 0.9], told)
-    assert "gets along well" not in _verdict([0.1, 0.1], [0.2, 0.2], told[:2]), "of two subjects nothing is known"
-    assert "did not pay" in _verdict([2.0, 3.0, 0.5], [2.0, 3.0, 0.4], told)
     rows = _learned({"error": [0.2, 3.0, 0.5], "error_plain_sum": [2.0, 3.0, 0.4], "best_step": 7}, told)
     assert [f"<i>{name}</i>" in rows for name in ("dog", "cat", "ink")] == [True] * 3
 

@@ -323,6 +323,7 @@ def summary(result) -> str:
                 f"{parent['title']}: error against this LoRA alone {result.learned['error'][i]:.3f} "
                 f"(plain sum {result.learned['error_plain_sum'][i]:.3f}){mean}"
             )
+    lines.append(result.verdict)
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*lines, f"prompt with {result.tag}"])
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ziplora_lib import calibration
+from ziplora_lib import calibration, verdict
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
@@ -58,7 +58,11 @@ class Preflight:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished merge. pictures: (balance, picture) from subject to style, the same seed."""
+    """A finished merge.
+
+    verdict: whether it paid, in words; first_look: the balance to look at first; pictures: (balance, picture) from subject to
+    style, the same seed.
+    """
 
     file: str
     tag: str
@@ -66,6 +70,8 @@ class Result:
     warnings: list[str]
     losses: dict
     learned: dict
+    verdict: str
+    first_look: float
     saved: dict
     preflight: dict
     seconds: dict
@@ -226,6 +232,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
             pictures = [] if merged.stopped else _pictures(recipe, host, router, ready.destination, callback, warnings)
         phase_done("preview")
     last = merged.history[-1] if merged.history else {}
+    errors, summed = (merged.summary.get(name, []) for name in ("error", "error_plain_sum"))
+    parents, guided = ready.report["parents"], recipe.loss_guidance > 1
     return Result(
         file=str(ready.destination),
         tag=tag,
@@ -233,6 +241,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         warnings=warnings,
         losses={k: last[k] for k in ("step", "loss", "errors", "penalty", "mean_m", "retained") if k in last},
         learned=merged.summary,
+        verdict=verdict.verdict(errors, summed, parents, guided),
+        first_look=verdict.first_look(summed, [parent["role"] for parent in parents], guided),
         saved=saved,
         preflight=ready.report,
         seconds=seconds,

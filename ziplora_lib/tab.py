@@ -17,6 +17,7 @@ from ziplora_lib.lora.bake import origins
 from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import parse, schema
+from ziplora_lib.verdict import short
 
 ROLES = ("subject", "style")
 
@@ -81,13 +82,6 @@ CHECKED = (
 )
 # what depends on the machine rather than on the pair: the WebUI may keep the user's own default of it
 KEPT = {"steps", "resolution", "checkpointing", "at_once", "dtype"}
-
-# The plain sum's relative error on the style below which it made pictures as good as a learned merge's. It tells the two
-# regimes of the benchmark apart: nine in ten light pairs were below .27, nine in ten strong ones above .28; without guidance
-# .08 and .37. The subject's, alike in both, says nothing.
-LIGHT_STYLE = 0.27
-# an error this much smaller than the plain sum's counts as closer
-CLOSER = 0.95
 
 
 def build(host, jobs: dict[str, Job], queued: Callable, progress: Callable[[dict], bool]) -> gr.Blocks:
@@ -516,7 +510,8 @@ def _size(n: int) -> str:
 
 def _caption(point: float, result: Result) -> str:
     parents = result.preflight["parents"]
-    return balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
+    said = balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
+    return f"{said}: look here first" if point == result.first_look != 0 else said
 
 
 def _result(job: Job) -> str:
@@ -529,6 +524,7 @@ def _result(job: Job) -> str:
     head = f"<p><b>{state}:</b> {html.escape(use)}</p>"
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items() if seconds >= 0.5)
     foot = f"<p class='ziplora_small'>{html.escape(result.file)} ({_size(result.saved['bytes'])}). {spent}.</p>"
+    head += _line(result.verdict)
     return head + _learned(result.learned, result.preflight["parents"]) + _warnings(result.warnings) + foot
 
 
@@ -537,41 +533,17 @@ def _count(parents: list) -> str:
 
 
 def _learned(learned: dict, parents: list[dict]) -> str:
-    """What was learned, in plain words."""
+    """The errors, in a table."""
     merged, summed = learned.get("error"), learned.get("error_plain_sum")
     if not merged or not summed:
-        return _line("The LoRAs were added as they are; nothing was learned.")
+        return ""
     rows = "".join(
         f"<tr><td>{_capital(parent['role'])} <i>{html.escape(parent['name'])}</i></td>"
-        f"<td>{_short(was)}</td><td>{_short(now)}</td></tr>"
+        f"<td>{short(was)}</td><td>{short(now)}</td></tr>"
         for parent, was, now in zip(parents, summed, merged)
     )
     return (
-        f"<p>{html.escape(_verdict(merged, summed, parents))}</p>"
         "<table class='ziplora_errors'><tr><th>Distance from the LoRA alone</th><th>plain sum</th><th>zipped</th></tr>"
         f"{rows}</table><p class='ziplora_small'>0: just as that LoRA alone; 1: as far off as with no LoRA at all."
         + (f" Best at step {learned['best_step']}.</p>" if "best_step" in learned else "</p>")
     )
-
-
-def _verdict(merged: list[float], summed: list[float], parents: list[dict]) -> str:
-    """Whether zipping paid: the errors against each LoRA alone, beside those of the plain sum."""
-    tags = " ".join(f"<lora:{parent['name']}:1>" for parent in parents)
-    these, them = ("pair", "the two") if len(parents) == 2 else ("group", "them")
-    if not any(now < CLOSER * was for now, was in zip(merged, summed)):
-        return f"Zipping did not pay for this {these}: plainly adding {them}, {tags}, does as well."
-    parts = []
-    for parent, now, was in zip(parents, merged, summed):
-        if now < CLOSER * was:
-            parts.append(f"{_short(was / max(now, 1e-9))} times smaller on the {parent['title']}")
-        else:
-            parts.append(f"{'larger' if now > was / CLOSER else 'as large'} on the {parent['title']}")
-    text = f"Compared with plainly adding {them}, the error is {' and '.join(parts)}."
-    styles = [was for was, parent in zip(summed, parents) if parent["role"] == "style"]
-    if styles and max(styles) < LIGHT_STYLE:
-        text += f" But this {these} gets along well anyway: plainly adding them, {tags}, may look as good. Compare."
-    return text
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
