@@ -1,5 +1,7 @@
 """ZipLoRA on a tiny model: its loss and gradient are those of Eq. 2 and Eq. 3 written out densely in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,14 @@ class Tiny(nn.Module):
 
 
 WEIGHTS = {CONV: "conv.weight", LINEAR: "linear.weight", ALONE: "last.weight"}
+
+
+@pytest.fixture(autouse=True)
+def cold():
+    """From the LoRAs themselves; the warm start is in test_methods.py."""
+    with pytest.MonkeyPatch.context() as patch:  # its own, as some tests undo theirs
+        patch.setitem(OBJECTIVES, "guided", replace(OBJECTIVES["guided"], warm_start=False))
+        yield
 
 
 class World:

@@ -112,7 +112,9 @@ def quick(recipe_of, *files, **fields):
     """A recipe for these files, subject first, as short as it can be; what has no factors is kept whole."""
     roles = ["subject"] * (len(files) - 1) + ["style"]
     parents = [{"lora": str(f), "role": role, "prompt": f"{role} {i}"} for i, (f, role) in enumerate(zip(files, roles))]
-    settings = dict(parents=parents, samples=2, steps=2, lr=0.05, dense_rank=0, sampler_steps=1, overwrite=True)
+    settings = dict(
+        parents=parents, samples=2, steps=2, lr=0.05, dense_rank=0, sampler_steps=1, overwrite=True, objective="paper"
+    )
     return recipe_of(**{**settings, **fields})
 
 

@@ -118,7 +118,7 @@ def test_the_result_is_plain_data_and_says_where_and_how(host, recipe_of):
     phases = []
     job = Job(recipe_of(balance_points=3))
     job.run(host, lambda info: phases.append(info["phase"]))
-    assert list(dict.fromkeys(phases)) == ["preflight", "calibrate", "merge", "save", "preview"]
+    assert list(dict.fromkeys(phases)) == ["preflight", "calibrate", "warm start", "merge", "save", "preview"]
     told = json.loads(json.dumps(job.public()))
     assert told["state"] == "done"
     assert told["result"]["tag"] == "<lora:merged:1>"

@@ -71,7 +71,7 @@ def rounding_bound(path, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("method", ["ziplora", "direct"])
 def test_diffusers_loads_the_delta_that_the_coefficients_say(host, pair_files, recipe_of, learned, dtype, method):
-    recipe = recipe_of(dtype=dtype, method=method)
+    recipe = recipe_of(dtype=dtype, method=method, objective="paper")
     recipe.parents[0].strength, recipe.parents[1].strength = 0.8, 1.3
     path = host.destination(recipe.output)
     result = run(recipe, host)

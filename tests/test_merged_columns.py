@@ -26,7 +26,7 @@ def fitted(merged, parents):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_every_column_is_a_combination_of_the_parents_columns(host, pair_files, recipe_of, dtype):
     path = host.destination("merged")
-    result = run(recipe_of(dtype=dtype, lr=0.02, steps=10), host)
+    result = run(recipe_of(dtype=dtype, lr=0.02, steps=10, objective="paper"), host)
     subject, style, merged = by_key(pair_files[0]), by_key(pair_files[1]), by_key(path)
     assert merged.keys() == subject.keys() | style.keys()
     unit, least = UNIT[dtype]

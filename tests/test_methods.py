@@ -367,6 +367,65 @@ def test_the_same_run_twice_is_the_same(method):
     assert all(torch.equal(stack.down, second.stacks[key].down) for key, stack in first.stacks.items())
 
 
+# --- the warm start -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parents", [2, 3])
+def test_a_warm_start_begins_with_what_ssr_leaves(parents):
+    """Steps that hardly move leave SSR-Merge's own merge, whatever the start of the coefficients scales it by."""
+    world, seen = World(parents), []
+    there = world.run("ssr")
+    for start in (1.0, 0.5):
+        merged = world.run("ziplora", seen.append, steps=1, lr=1e-9, start=start)
+        for key in WEIGHTS:
+            close(merged_delta(merged, key), start * merged_delta(there, key))
+    assert merged.summary["error_plain_sum"] == pytest.approx(there.summary["error_plain_sum"], rel=1e-4)
+    assert merged.summary["retained"] == pytest.approx(0.5 * there.summary["retained"], rel=1e-4)
+    assert {info["phase"] for info in seen} == {"warm start", "merge"}
+
+
+@pytest.mark.parametrize("parents", [2, 3])
+def test_from_a_warm_start_it_learns_the_columns_of_what_ssr_leaves(parents):
+    world = World(parents)
+    there, merged = world.run("ssr"), world.run("ziplora", steps=40)
+    assert sum(merged.summary["error"]) < 0.9 * sum(there.summary["error"])
+    assert merged.history[0]["errors"] != merged.history[-1]["errors"]
+    for key in world.pairing.learned:
+        parts = [there.stacks[key].part(i) for i in range(parents)]
+        wanted = sum(
+            part.dense().flatten(1).double() * merged.coefficients[key][i].double()
+            for i, part in enumerate(parts)
+            if part is not None
+        )
+        close(merged_delta(merged, key), wanted)
+
+
+def test_the_gradient_from_a_warm_start_is_that_of_the_dense_model(monkeypatch):
+    gradients = []
+
+    class Recording(torch.optim.Adam):
+        def step(self, *args, **kwargs):
+            gradients.append(self.param_groups[0]["params"][0].grad.clone())
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "Adam", Recording)
+    world = World()
+    there = world.run("ssr")
+    world.run("ziplora", steps=1, start=0.6)
+    keys = world.pairing.learned
+    columns = [there.stacks[key].columns for key in keys]
+    m = torch.full((2, sum(columns)), 0.6, dtype=torch.float64, requires_grad=True)
+    deltas = {}
+    for key, values in zip(keys, m.split(columns, dim=1)):
+        parts = [(i, there.stacks[key].part(i)) for i in (0, 1)]
+        deltas[key] = sum(p.dense().flatten(1).double() * values[i] for i, p in parts if p is not None)
+    loss = 0.0
+    for s in world.samples[:2]:  # the first of each
+        loss = loss + (world.dense(deltas, s.x.double()) - s.target.double()).square().sum().sqrt()
+    (wanted,) = torch.autograd.grad(loss, m)
+    close(gradients[0], wanted, rtol=1e-3)
+
+
 # --- methods without a model -------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,7 @@ def test_the_presets():
     assert OBJECTIVES["guided"].penalty is overlap
     assert OBJECTIVES["paper"].penalty is cosine
     assert OBJECTIVES["paper-literal"].penalty is product
+    assert [name for name, o in OBJECTIVES.items() if o.warm_start] == ["guided"], "the paper begins with the LoRAs"
     assert {(name, o.lam, o.start, o.guidance) for name, o in OBJECTIVES.items()} == {
         ("guided", 0.0, 1.0, 3.0), ("paper", 0.01, 1.0, 1.0), ("paper-literal", 0.01, 1.0, 1.0)
     }  # fmt: skip

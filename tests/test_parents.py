@@ -28,7 +28,7 @@ def three(pair_files, third_file):
 
 
 def test_every_column_of_three_is_a_combination_of_theirs(host, pair_files, third_file, three, recipe_of):
-    result = run(recipe_of(parents=three, dtype="fp32", lr=0.02, steps=6, balance_points=3), host)
+    result = run(recipe_of(parents=three, dtype="fp32", lr=0.02, steps=6, balance_points=3, objective="paper"), host)
     files = [pair_files[0], third_file, pair_files[1]]
     own, merged = [by_key(file) for file in files], by_key(host.destination("merged"))
     assert merged.keys() == set().union(*own)

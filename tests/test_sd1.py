@@ -262,7 +262,8 @@ def test_a_merge_goes_the_whole_way(folders, tmp_path, learned, base, schedule):
 
     torch.testing.assert_close(host.alphas, scheduler.alphas_cumprod)
     before = host.sample("a photo of sks cat", 1, SIDE, 2, 5.0)
-    result = run(recipe(parents), host)
+    # the paper's form: its columns are combinations of the LoRAs' own
+    result = run(recipe(parents, objective="paper"), host)
     assert torch.equal(host.sample("a photo of sks cat", 1, SIDE, 2, 5.0), before)
     assert (tmp_path / "merged.png").is_file()
     assert all(torch.isfinite(torch.tensor(result.learned["error"])))

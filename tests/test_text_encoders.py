@@ -57,7 +57,7 @@ def combined(pair_files, coefficients):
 
 
 def test_they_are_learned_and_saved(host, recipe_of, text_pair, learned):
-    result = run(recipe_of(*text_pair, text_encoders="learn", steps=3, lr=0.05, dtype="fp32"), host)
+    result = run(recipe_of(*text_pair, text_encoders="learn", steps=3, lr=0.05, dtype="fp32", objective="paper"), host)
     text = {key: m for key, m in learned.items() if not is_unet(key)}
     assert len(text) == result.preflight["text_layers"] > 20
     assert any(key.startswith("lora_te1_") for key in text)
@@ -77,7 +77,7 @@ def test_they_are_learned_and_saved(host, recipe_of, text_pair, learned):
 
 
 def test_without_it_they_are_summed(host, recipe_of, text_pair, learned):
-    result = run(recipe_of(*text_pair, steps=3, lr=0.05, dtype="fp32"), host)
+    result = run(recipe_of(*text_pair, steps=3, lr=0.05, dtype="fp32", objective="paper"), host)
     assert learned
     assert all(map(is_unet, learned))
     given = deltas(host.destination("merged"))
@@ -124,7 +124,7 @@ def test_a_prompt_is_read_with_the_coefficients_and_differentiably(host, text_pa
 
 def test_a_stop_keeps_what_was_learned_of_them(host, recipe_of, text_pair, learned):
     result = run(
-        recipe_of(*text_pair, text_encoders="learn", steps=50, lr=0.05, dtype="fp32"),
+        recipe_of(*text_pair, text_encoders="learn", steps=50, lr=0.05, dtype="fp32", objective="paper"),
         host,
         lambda info: info["phase"] == "merge" and info["step"] == 2,
     )

@@ -252,9 +252,10 @@ ABLATIONS: Mapping[str, Row] = {
     "weak-style": Row("default, style at .6", merged, {"method": "ziplora"}, strengths=(1.0, 0.6)),
     "weak-subject-sum": Row("plain sum, subject at .6", summed, strengths=(0.6, 1.0)),
     "weak-subject": Row("default, subject at .6", merged, {"method": "ziplora"}, strengths=(0.6, 1.0)),
-    "from-regmean": Row("from RegMean", from_method, {"first": "regmean"}),
-    "from-regmean-cross": Row("from RegMean of cross-attention", from_method, {"first": "regmean", "only": "_attn2_"}),
-    "from-ssr": Row("from SSR-Merge", from_method, {"first": "ssr"}),
+    "from-regmean": Row("from RegMean instead of SSR-Merge", from_method, {"first": "regmean"}),
+    "from-regmean-cross": Row(
+        "from RegMean of cross-attention alone", from_method, {"first": "regmean", "only": "_attn2_"}
+    ),
     "subject-sparse": Row("subject alone, smallest 80% of elements dropped", sparse, {"parent": 0, "share": 0.8}),
     "style-sparse": Row("style alone, smallest 80% of elements dropped", sparse, {"parent": 1, "share": 0.8}),
 }

@@ -233,7 +233,10 @@ class Row:
 
     def spec(self) -> str:
         """All that decides its cells beside the LoRAs and the miniature: a new default makes them anew."""
-        forms = {n: (o.error.__name__, o.penalty.__name__, o.lam, o.start, o.guidance) for n, o in OBJECTIVES.items()}
+        forms = {
+            n: (o.error.__name__, o.penalty.__name__, o.lam, o.start, o.guidance, o.warm_start)
+            for n, o in OBJECTIVES.items()
+        }
         defaults = {name: field.default for name, field in Recipe.__fields__.items()}
         own = [self.make.__name__, self.fields, self.strengths]
         if self.make is best_fixed:

@@ -45,7 +45,8 @@ PHASES = {
     "preflight": (0.0, 0.01),
     "open": (0.01, 0.05),
     "calibrate": (0.05, 0.35),
-    "merge": (0.35, 0.9),
+    "warm start": (0.35, 0.4),
+    "merge": (0.4, 0.9),
     "save": (0.9, 0.9),
     "preview": (0.9, 1),
 }

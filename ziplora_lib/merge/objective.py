@@ -80,18 +80,22 @@ def retained_energy(m: Tensor, columns: Columns) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """One form of the loss, with what belongs to it: λ, the coefficients' start, the guidance under which it compares."""
+    """One form of the loss, with what belongs to it: λ, the coefficients' start, the guidance under which it compares.
+
+    warm_start: whether the coefficients are those of what SSR-Merge makes of the LoRAs, rather than of the LoRAs.
+    """
 
     error: Callable[[Tensor, Tensor, Tensor], Tensor]
     penalty: Callable[[Tensor, Columns], Tensor]
     lam: float
     start: float
     guidance: float = 1.0
+    warm_start: bool = False
 
 
 OBJECTIVES = {
     # the row "ZipLoRA, default" of benchmarks/results/quality-main.json; chosen on four validation pairs
-    "guided": Objective(l2_error, overlap, lam=0.0, start=1.0, guidance=3.0),
+    "guided": Objective(l2_error, overlap, lam=0.0, start=1.0, guidance=3.0, warm_start=True),
     # the paper's settings, for comparison
     "paper": Objective(l2_error, cosine, lam=0.01, start=1.0),
     "paper-literal": Objective(l2_error, product, lam=0.01, start=1.0),
