@@ -58,9 +58,11 @@ PENALTIES = {"overlap": overlap, "cosine": cosine, "product": product, "product-
 
 
 @contextmanager
-def with_form(on: Opened, error: str, penalty: str, lam: float, start: float = 1.0, **fields) -> Iterator[Shown]:
-    """Another form of the loss, from the default's start."""
-    form = replace(OBJECTIVES["guided"], error=ERRORS[error], penalty=PENALTIES[penalty])
+def with_form(
+    on: Opened, error: str, penalty: str, lam: float, start: float = 1.0, warm_start: bool = True, **fields
+) -> Iterator[Shown]:
+    """Another form of the loss, or from the LoRAs themselves."""
+    form = replace(OBJECTIVES["guided"], error=ERRORS[error], penalty=PENALTIES[penalty], warm_start=warm_start)
     with patch.dict(OBJECTIVES, {"guided": form}), merged(on, "ziplora", lam=lam, start=start, **fields) as shown:
         yield shown
 
@@ -90,7 +92,12 @@ def from_method(on: Opened, first: str, only: str = "", **fields) -> Iterator[Sh
         )
 
     as_it_is = COMPARED["ziplora"]
-    with patch.dict(COMPARED, {"ziplora": both}), merged(on, "ziplora", **fields) as shown:
+    cold = {"guided": replace(OBJECTIVES["guided"], warm_start=False)}
+    with (
+        patch.dict(OBJECTIVES, cold),
+        patch.dict(COMPARED, {"ziplora": both}),
+        merged(on, "ziplora", **fields) as shown,
+    ):
         yield shown
 
 
@@ -213,6 +220,7 @@ def formed(title: str, **fields) -> Row:
 PLAIN = {"loss_guidance": 1.0}
 ABLATIONS: Mapping[str, Row] = {
     "default": zip_with("default"),
+    "cold": formed("no warm start", error="l2", penalty="none", lam=0.0, warm_start=False),
     **{f"guidance-{g:g}": zip_with(f"loss under guidance {g:g}", loss_guidance=g) for g in (1.0, 2.0, 5.0)},
     "own-empty": Row("each LoRA guided against its own empty prompt", against_its_own),
     "empty": zip_with("no guidance, 25% empty prompts", empty_share=0.25, **PLAIN),
@@ -222,6 +230,7 @@ ABLATIONS: Mapping[str, Row] = {
         penalty="overlap",
         lam=0.3,
         start=0.5,
+        warm_start=False,
         empty_share=0.25,
         steps=100,
         lr=0.01,
