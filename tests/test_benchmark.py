@@ -86,7 +86,12 @@ def test_only_the_same_loras_and_noise_are_compared(monkeypatch):
     """A row with two LoRA seeds beside a plain sum with one: the second seed counts for the mean alone."""
 
     def cell(seed, digits):
-        return {"lora seed": seed, "measures": {"joint/0": digits, "joint free": digits}, "facts": {}}
+        return {
+            "regime": "strong",
+            "lora seed": seed,
+            "measures": {"joint/0": digits, "joint free": digits},
+            "facts": {},
+        }
 
     pair, other = pairs()[:2]
     found = {

@@ -22,6 +22,7 @@ from benchmarks.quality.rows import ROWS
 from benchmarks.quality.run import TABLES, done, path
 from ziplora_lib.bootstrap import interval
 
+BOTH = "both"
 LORA_SEEDS = 9  # more than anyone trains
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -66,7 +67,14 @@ OWN_BASE = {"weak-style": "weak-style-sum", "weak-subject": "weak-subject-sum"}
 
 
 def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dict]]]:
-    """By row, by pair: a cell a LoRA seed, each with that of the plain sum."""
+    """By row, by pair: a cell a LoRA seed, each with that of the plain sum. regime BOTH: the cells of either, where both are."""
+    if regime == BOTH:
+        one, other = (cells(table, regime, seeds) for regime in pairs.REGIMES)
+        return {
+            name: {pair: one[name][pair] + other[name][pair] for pair in common}
+            for name in one
+            if name in other and (common := [pair for pair in one[name] if pair in other[name]])
+        }
     found: dict[str, dict[tuple, list[dict]]] = {}
     for name, row in SHOWN_TABLES[table].items():
         by_pair = {}
@@ -101,7 +109,7 @@ def _of_same_loras(by_pair: dict[tuple, list[dict]], others: dict[tuple, list[di
     """The cells whose LoRAs and noise seeds the other row has too: only what differs in nothing else is compared."""
 
     def drawn(cell: dict) -> tuple:
-        return cell["lora seed"], len(cell["measures"]["joint free"])
+        return cell["regime"], cell["lora seed"], len(cell["measures"]["joint free"])
 
     same = {}
     for pair, here in by_pair.items():
@@ -116,7 +124,7 @@ def results(table: str, regime: str, seeds: int, against: str = "sum") -> dict:
     found, summary = cells(table, regime, seeds), {}
     for name, by_pair in found.items():
         summary[name] = {"title": SHOWN_TABLES[table][name].title, "pairs": len(by_pair)}
-        summary[name]["LoRA seeds"] = min(map(len, by_pair.values()))
+        summary[name]["LoRA seeds"] = min(len({cell["lora seed"] for cell in here}) for here in by_pair.values())
         shown = [len(cell["measures"]["joint free"]) for here in by_pair.values() for cell in here]
         summary[name]["pictures"] = min(shown)
         for title, measure in MEASURES.items():
@@ -209,7 +217,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="pictures that a cell needs at least to be counted")
     parser.add_argument("--against", default="sum", help="the row that differences are taken to")
     args = parser.parse_args()
-    summary = {regime: results(args.table, regime, args.seeds, args.against) for regime in pairs.REGIMES | pairs.TEXT}
+    summary = {
+        regime: results(args.table, regime, args.seeds, args.against) for regime in [*pairs.REGIMES, BOTH, *pairs.TEXT]
+    }
     summary = {regime: found for regime, found in summary.items() if found}
     packages = ("torch", "diffusers", "peft", "safetensors", "numpy")
     made = {
