@@ -1,4 +1,4 @@
-"""A figure of the main table: joint success of every row against the plain sum, in both regimes.
+"""A figure of the main table: joint success of every row against the plain sum, in each regime and in both.
 
 python -m benchmarks.quality.figure        draws docs/quality.png from benchmarks/results/quality-main.json
 """
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.quality.report import RESULTS, TITLES
+from benchmarks.quality.report import BOTH, RESULTS, TITLES
 
 FIGURE = Path(__file__).parents[2] / "docs" / "quality.png"
 SHOWN = {"joint": ("as merged", "o"), "joint, chosen balance": ("at the chosen balance", "D")}
+PANELS = {**TITLES, BOTH: "Both together"}
 
 
 def main() -> None:
     saved = json.loads((RESULTS / "quality-main.json").read_text())
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, len(TITLES), figsize=(10, 4.6), sharex=True, layout="constrained")
-    for panel, (regime, title) in zip(panels, TITLES.items()):
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(14, 4.6), sharex=True, layout="constrained")
+    for panel, (regime, title) in zip(panels, PANELS.items()):
         rows = [row for row in saved[regime].values() if "difference" in row.get("joint", {})]
         for k, (measure, (label, marker)) in enumerate(SHOWN.items()):
             shown = [(i, row[measure]) for i, row in enumerate(rows) if "difference" in row.get(measure, {})]

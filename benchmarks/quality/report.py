@@ -67,7 +67,7 @@ OWN_BASE = {"weak-style": "weak-style-sum", "weak-subject": "weak-subject-sum"}
 
 
 def cells(table: str, regime: str, seeds: int) -> dict[str, dict[tuple, list[dict]]]:
-    """By row, by pair: a cell a LoRA seed, each with that of the plain sum. regime BOTH: the cells of either, where both are."""
+    """By row, by pair: a cell a LoRA seed, each with that of the plain sum. BOTH: those of both regimes."""
     if regime == BOTH:
         one, other = (cells(table, regime, seeds) for regime in pairs.REGIMES)
         return {
