@@ -60,8 +60,7 @@ class Preflight:
 class Result:
     """A finished merge.
 
-    verdict: whether it paid, in words; first_look: the balance to look at first; pictures: (balance, picture) from subject to
-    style, the same seed.
+    verdict: whether it paid, in words; pictures: (balance, picture) from subject to style, the same seed.
     """
 
     file: str
@@ -71,7 +70,6 @@ class Result:
     losses: dict
     learned: dict
     verdict: str
-    first_look: float
     saved: dict
     preflight: dict
     seconds: dict
@@ -233,7 +231,6 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         phase_done("preview")
     last = merged.history[-1] if merged.history else {}
     errors, summed = (merged.summary.get(name, []) for name in ("error", "error_plain_sum"))
-    parents, guided = ready.report["parents"], recipe.loss_guidance > 1
     return Result(
         file=str(ready.destination),
         tag=tag,
@@ -241,8 +238,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         warnings=warnings,
         losses={k: last[k] for k in ("step", "loss", "errors", "penalty", "mean_m", "retained") if k in last},
         learned=merged.summary,
-        verdict=verdict.verdict(errors, summed, parents, guided),
-        first_look=verdict.first_look(summed, [parent["role"] for parent in parents], guided),
+        verdict=verdict.verdict(errors, summed, ready.report["parents"], recipe.loss_guidance > 1),
         saved=saved,
         preflight=ready.report,
         seconds=seconds,

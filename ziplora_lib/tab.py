@@ -510,8 +510,7 @@ def _size(n: int) -> str:
 
 def _caption(point: float, result: Result) -> str:
     parents = result.preflight["parents"]
-    said = balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
-    return f"{said}: look here first" if point == result.first_look != 0 else said
+    return balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
 
 
 def _result(job: Job) -> str:

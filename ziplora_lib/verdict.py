@@ -1,4 +1,4 @@
-"""Whether a merge paid, in plain words, and where on its balance to look first: from its errors beside the plain sum's."""
+"""Whether a merge paid, in plain words: from its errors beside the plain sum's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 LIGHT_STYLE, LIGHT_STYLE_GUIDED = 0.2, 0.27
 # an error this much smaller than the plain sum's counts as closer
 CLOSER = 0.95
-# On strong pairs a step from the middle to the style was better for every method: see the README, "What is known".
-TO_THE_STYLE = 0.5
 
 
 def is_light(summed: Sequence[float], roles: Sequence[str], guided: bool) -> bool | None:
@@ -23,11 +21,6 @@ def is_light(summed: Sequence[float], roles: Sequence[str], guided: bool) -> boo
     if not styles or len(styles) == len(roles):
         return None
     return max(styles) < (LIGHT_STYLE_GUIDED if guided else LIGHT_STYLE)
-
-
-def first_look(summed: Sequence[float], roles: Sequence[str], guided: bool) -> float:
-    """The balance at which pictures with both were found most often, in pairs like this one."""
-    return TO_THE_STYLE if is_light(summed, roles, guided) is False else 0.0
 
 
 def verdict(merged: Sequence[float], summed: Sequence[float], parents: Sequence[dict], guided: bool) -> str:
@@ -53,10 +46,8 @@ def verdict(merged: Sequence[float], summed: Sequence[float], parents: Sequence[
             text += (
                 f" But this {these} gets along well anyway: plainly adding {them}, {tags}, may look as good. Compare."
             )
-    if light is False:
-        text += (
-            f" These LoRAs clash: in such a {these} the style is easily drowned. Look one step towards the style first."
-        )
+        elif light is False:
+            text += f" Plainly added they clash: it is such a {these} that zipping is for."
     return text
 
 

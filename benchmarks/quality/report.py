@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.quality import pairs
 from benchmarks.quality.ablations import ABLATIONS
-from benchmarks.quality.measures import chosen, share
+from benchmarks.quality.measures import BALANCES, chosen, share
 from benchmarks.quality.rows import ROWS
 from benchmarks.quality.run import TABLES, done, path
 from ziplora_lib.bootstrap import interval
@@ -45,6 +45,7 @@ MEASURES: dict[str, Callable[[dict], float]] = {
     "subject in joint": of("subject/0"),
     "style in joint": of("style/0"),
     "harmonic mean": kept_both,
+    **{f"joint at balance {b:g}": of(f"joint/{b:g}") for b in BALANCES},
     "joint, guidance 1": of("joint free"),
     "joint, guidance 5": of("joint pushed"),
     "own subject": of("own subject"),

@@ -16,10 +16,10 @@ METHODS: dict[str, Method] = {
 # these use calibration samples; the others need no model
 NEEDS_MODEL = {"ziplora", "regmean", "ssr"}
 
-# what each is, in a few words
+# what each is, in a few words, and when to take it, by the rows of benchmarks/results/quality-main.json
 SAID = {
-    "ziplora": "learns a coefficient for every input column",
-    "direct": "the plain sum",
-    "regmean": "the least squares over all matrices, layer by layer",
-    "ssr": "the least squares among the ranks, layer by layer",
+    "ziplora": "learns a coefficient for every input column; good for lightly and for strongly trained LoRAs",
+    "direct": "the plain sum; as good for lightly trained LoRAs",
+    "ssr": "least squares among the ranks, layer by layer: faster, as good for strongly trained LoRAs, worse for light ones",
+    "regmean": "least squares over all matrices, layer by layer; likewise",
 }
