@@ -186,17 +186,14 @@ def readme_tables(saved: dict) -> str:
     """Both regimes' tables, as they stand in the README."""
     parts = []
     for regime, title in TITLES.items():
-        renamed = {
-            name: {"title": row["title"], **{SHOWN[k]: v for k, v in row.items() if k in SHOWN}}
-            for name, row in saved[regime].items()
-        }
         rate, steps = saved["made"]["regimes"][regime]
-        made = {}
-        for what in ("pairs", "LoRA seeds", "pictures"):
-            counts = {row[what] for row in saved[regime].values()}
-            made[what] = "–".join(map(str, sorted({min(counts), max(counts)})))
-        how = f"rate {rate:g}, {steps} steps; pairs: {made['pairs']}, LoRA seeds: {made['LoRA seeds']}"
-        how += f", noise seeds: {made['pictures']}"
+        most = {what: max(row[what] for row in saved[regime].values()) for what in ("pairs", "LoRA seeds", "pictures")}
+        how = f"rate {rate:g}, {steps} steps; pairs: {most['pairs']}, LoRA seeds: {most['LoRA seeds']}"
+        how += f", noise seeds: {most['pictures']}"
+        renamed = {}
+        for name, row in saved[regime].items():
+            fewer = f", {row['pairs']} pairs" if row["pairs"] < most["pairs"] else ""
+            renamed[name] = {"title": row["title"] + fewer, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN}}
         parts.append(f"**{title}** ({how})\n\n{markdown(renamed, list(SHOWN.values()))}")
     return "\n\n".join(parts)
 
