@@ -10,11 +10,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from benchmarks.quality.pairs import REGIMES
 from benchmarks.quality.report import BOTH, RESULTS, TITLES
 
 FIGURE = Path(__file__).parents[2] / "docs" / "quality.png"
 SHOWN = {"joint": ("as merged", "o"), "joint, chosen balance": ("at the chosen balance", "D")}
-PANELS = {**TITLES, BOTH: "Both together"}
+PANELS = {**{name: title for name, title in TITLES.items() if name in REGIMES}, BOTH: "Both together"}
 
 
 def main() -> None:

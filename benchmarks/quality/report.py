@@ -25,7 +25,7 @@ from ziplora_lib.bootstrap import interval
 BOTH = "both"
 LORA_SEEDS = 9  # more than anyone trains
 RESULTS = Path(__file__).parents[1] / "results"
-README = Path(__file__).parents[2] / "README.md"
+README, BENCHMARKS = Path(__file__).parents[2] / "README.md", Path(__file__).parents[1] / "README.md"
 
 
 def kept_both(cell: dict) -> float:
@@ -177,15 +177,33 @@ SHOWN = {
     "new context": "new context",
     "seconds": "seconds",
 }
-TITLES = {"strong": "Strong, overtrained LoRAs", "light": "Lightly trained LoRAs"}
+TITLES = {
+    "strong": "Strong, overtrained LoRAs",
+    "light": "Lightly trained LoRAs",
+    "text": "Lightly trained, text encoders too",
+}
+# of the ablations
+CHANGED = {
+    "joint": "joint success",
+    "joint, guidance 5": "at guidance 5",
+    "own subject": "subject kept",
+    "own style": "style kept",
+    "error, subject": "error, subject",
+    "error, style": "error, style",
+    "seconds": "seconds",
+}
 MARK = "<!-- quality -->", "<!-- /quality -->"
+# where a table stands, and its columns
+PLACES = {"main": (README, SHOWN), "ablations": (BENCHMARKS, CHANGED)}
 NOT_RUN = "*Not run yet.*"
 
 
-def readme_tables(saved: dict) -> str:
-    """Both regimes' tables, as they stand in the README."""
+def readme_tables(saved: dict, columns: dict[str, str]) -> str:
+    """The regimes' tables, as they stand in a README. columns: measures, and how they are called there."""
     parts = []
     for regime, title in TITLES.items():
+        if regime not in saved:
+            continue
         rate, steps = saved["made"]["regimes"][regime]
         most = {what: max(row[what] for row in saved[regime].values()) for what in ("pairs", "LoRA seeds", "pictures")}
         how = f"rate {rate:g}, {steps} steps; pairs: {most['pairs']}, LoRA seeds: {most['LoRA seeds']}"
@@ -193,20 +211,20 @@ def readme_tables(saved: dict) -> str:
         renamed = {}
         for name, row in saved[regime].items():
             fewer = f", {row['pairs']} pairs" if row["pairs"] < most["pairs"] else ""
-            renamed[name] = {"title": row["title"] + fewer, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN}}
-        parts.append(f"**{title}** ({how})\n\n{markdown(renamed, list(SHOWN.values()))}")
+            renamed[name] = {"title": row["title"] + fewer, **{columns[k]: v for k, v in row.items() if k in columns}}
+        parts.append(f"**{title}** ({how})\n\n{markdown(renamed, list(columns.values()))}")
     return "\n\n".join(parts)
 
 
-def in_readme() -> str:
+def in_readme(file: Path) -> str:
     """What stands between the marks."""
-    return README.read_text().split(MARK[0])[1].split(MARK[1])[0].strip()
+    return file.read_text().split(MARK[0])[1].split(MARK[1])[0].strip()
 
 
-def into_readme(text: str) -> None:
+def into_readme(file: Path, text: str) -> None:
     """Replaces what stands between the marks."""
-    before, rest = README.read_text().split(MARK[0])
-    README.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")
+    before, rest = file.read_text().split(MARK[0])
+    file.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")
 
 
 def main() -> None:
@@ -224,13 +242,14 @@ def main() -> None:
         "miniature": pairs.weights_hash(),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, CPU",
-        "regimes": pairs.REGIMES,
+        "regimes": pairs.REGIMES | pairs.TEXT,
         "seeds at least": args.seeds,
     }
     result = RESULTS / f"quality-{args.table}.json"
     result.write_text(json.dumps({"made": made, **summary}, indent=1) + "\n")
-    if args.table == "main":
-        into_readme(readme_tables({"made": made, **summary}))
+    if args.table in PLACES:
+        file, columns = PLACES[args.table]
+        into_readme(file, readme_tables({"made": made, **summary}, columns))
     for regime, rows_ in summary.items():
         print(f"\n{regime}\n{markdown(rows_, list(MEASURES))}")
 
