@@ -56,7 +56,12 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     method: Literal[tuple(METHODS)] = Field(
         "ziplora", description="; ".join(f"{name}: {what}" for name, what in SAID.items())
     )
-    objective: Literal[tuple(OBJECTIVES)] = Field("guided", description="form of the loss")
+    # steps, lr, pictures, samples and what the objective brings: the row "ZipLoRA, default" of benchmarks/results/
+    # quality-main.json; around it, quality-ablations.json
+    objective: Literal[tuple(OBJECTIVES)] = Field(
+        "guided",
+        description="form of the loss; guided begins with what ssr makes of the LoRAs, the paper's with the LoRAs",
+    )
     steps: int = Field(50, ge=1, le=1000, description="gradient steps")
     lr: float = Field(0.02, gt=0, le=1, description="learning rate: about how far a coefficient moves in a step")
     lam: Optional[float] = Field(
