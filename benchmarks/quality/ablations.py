@@ -220,7 +220,6 @@ def formed(title: str, **fields) -> Row:
 PLAIN = {"loss_guidance": 1.0}
 ABLATIONS: Mapping[str, Row] = {
     "default": zip_with("default"),
-    "cold": formed("no warm start", error="l2", penalty="none", lam=0.0, warm_start=False),
     **{f"guidance-{g:g}": zip_with(f"loss under guidance {g:g}", loss_guidance=g) for g in (1.0, 2.0, 5.0)},
     "own-empty": Row("each LoRA guided against its own empty prompt", against_its_own),
     "empty": zip_with("no guidance, 25% empty prompts", empty_share=0.25, **PLAIN),

@@ -9,8 +9,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
@@ -180,6 +181,14 @@ def merged(on: Opened, method: str, **fields) -> Iterator[Shown]:
 
 
 @contextmanager
+def from_the_loras(on: Opened) -> Iterator[Shown]:
+    """The default without its warm start."""
+    cold = {"guided": replace(OBJECTIVES["guided"], warm_start=False)}
+    with patch.dict(OBJECTIVES, cold), merged(on, "ziplora") as shown:
+        yield shown
+
+
+@contextmanager
 def by_peft(on: Opened, merge: str) -> Iterator[Shown]:
     """A merge of dense ΔW, layer by layer, which leaves no halves to balance."""
     torch.manual_seed(0)
@@ -254,6 +263,7 @@ ROWS = {
     "average": Row("average (.5, .5)", merged, {"method": "average"}),
     "grid": Row("best fixed strengths", best_fixed),
     "ziplora": Row("**ZipLoRA, default**", merged, {"method": "ziplora"}),
+    "cold": Row("the same, no warm start", from_the_loras),
     "paper": Row("ZipLoRA, `paper`", merged, {"method": "ziplora", "objective": "paper", **PAPER}),
     "paper-literal": Row(
         "ZipLoRA, `paper-literal`", merged, {"method": "ziplora", "objective": "paper-literal", **PAPER}
