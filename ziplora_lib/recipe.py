@@ -87,7 +87,8 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         None,
         gt=0,
         le=1000,
-        description="how strongly regmean and ssr are drawn to the start; the method's own if not given",
+        description="how strongly regmean, ssr and ziplora's beginning are drawn to the start where the samples say little; "
+        "the method's own if not given",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     resolution: int = Field(1024, ge=64, le=2048, description="side of the calibration pictures in pixels")

@@ -1,4 +1,4 @@
-"""Methods that the benchmark compares and that proved no worth: of the same signature as those that users are offered."""
+"""Methods that the benchmark compares and that showed no gain over those offered to users; of the same signature."""
 
 from benchmarks.methods.average import average
 from benchmarks.methods.closed_form import closed_form

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ziplora_lib.lora.stack import Stack
+from ziplora_lib.merge.judging import held_out_errors
 from ziplora_lib.merge.learning import learn
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Settings
 from ziplora_lib.merge.pairing import Pairing
@@ -19,7 +20,8 @@ def rank_masks(pairing: Pairing, calibration: Calibration, settings: Settings, c
 
     There is no overlap penalty, so `lam` counts for nothing.
     """
-    return learn("rank-masks", _ByRank(pairing, calibration.device), pairing, calibration, settings, callback)
+    summed = held_out_errors(calibration, {}, pairing.parents, settings.at_once)
+    return learn("rank-masks", _ByRank(pairing, calibration.device), pairing, calibration, settings, callback, summed)
 
 
 class _ByRank:

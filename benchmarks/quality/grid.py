@@ -1,4 +1,4 @@
-"""The strongest baseline without learning: the fixed strengths (w_c, w_s) that serve the validation pairs best.
+"""The strongest baseline without learning: the fixed strengths (w_c, w_s) that serve four validation pairs best.
 
 python -m benchmarks.quality.grid        writes benchmarks/results/grid.json
 """

@@ -160,7 +160,7 @@ def summed(on: Opened, weights: tuple[float, float] = (1.0, 1.0)) -> Iterator[Sh
 
 
 def best_fixed(on: Opened) -> AbstractContextManager[Shown]:
-    """The plain sum at the strengths that served the validation pairs of this regime best."""
+    """The plain sum at the strengths that served four validation pairs of this regime best."""
     best = json.loads(GRID.read_text())
     return summed(on, tuple(best.get(on.regime, best["light"])["best"]))
 

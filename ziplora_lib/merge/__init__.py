@@ -18,8 +18,8 @@ NEEDS_MODEL = {"ziplora", "regmean", "ssr"}
 
 # what each is, in a few words, and when to take it, by the rows of benchmarks/results/quality-main.json
 SAID = {
-    "ziplora": "learns a coefficient for every input column; good for lightly and for strongly trained LoRAs",
-    "direct": "the plain sum; as good for lightly trained LoRAs",
-    "ssr": "least squares among the ranks, layer by layer: faster, as good for strongly trained LoRAs, worse for light ones",
+    "ziplora": "begins as ssr, and learns a coefficient for every input column; for lightly and for strongly trained LoRAs",
+    "direct": "the plain sum; as good for lightly trained LoRAs at ordinary guidance",
+    "ssr": "least squares among the ranks, layer by layer: half the time; for some strong LoRAs, not for light ones",
     "regmean": "least squares over all matrices, layer by layer; likewise",
 }

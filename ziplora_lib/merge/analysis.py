@@ -1,6 +1,6 @@
 """What LoRAs do to each other, layer by layer and block by block: from their factors, without a model.
 
-Alignment, the mean |cos| of paired columns, is the paper's measure (arXiv 2311.13600); it is the same whatever a merge
+Alignment, the mean |cos| of paired columns, is the paper's measure (arXiv 2311.13600); it is the same whatever ZipLoRA
 scales the columns by, so what a merge did shows in the weighted overlap.
 """
 

@@ -1,4 +1,4 @@
-"""Coefficients learned by gradient, everything else frozen: the loop that several methods share."""
+"""Coefficients learned by gradient, everything else frozen: the loop that ziplora shares with the benchmark's methods."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ def learn(
     calibration: Calibration,
     settings: Settings,
     callback: Callback,
+    summed: list[float],
 ) -> Merged:
     """Learns the coefficients with Adam and keeps the best that were seen on the held-out samples.
+
+    summed: the errors of the plain sum, for the summary.
 
     Coefficients, loss and optimiser are fp32 whatever the model computes in. Raises MergeFailed when no gradient arrives,
     or when the model's precision gives no finite loss.
@@ -77,7 +80,6 @@ def learn(
     def held_out(values: Tensor) -> list[float]:
         return held_out_errors(calibration, downs(values.detach()), parents, settings.at_once)
 
-    summed = held_out(torch.ones_like(m))
     best_errors, best, best_step = held_out(m), m.detach().clone(), 0
     history: list[dict] = []
     scale, stopped, every = LOSS_SCALE, False, max(1, settings.steps // 5)

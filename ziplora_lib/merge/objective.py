@@ -94,7 +94,7 @@ class Objective:
 
 
 OBJECTIVES = {
-    # the row "ZipLoRA, default" of benchmarks/results/quality-main.json; chosen by those of quality-validation.json
+    # the row "ZipLoRA, default" of benchmarks/results/quality-main.json; how it was chosen: README
     "guided": Objective(l2_error, overlap, lam=0.0, start=1.0, guidance=3.0, warm_start=True),
     # the paper's settings, for comparison
     "paper": Objective(l2_error, cosine, lam=0.01, start=1.0),

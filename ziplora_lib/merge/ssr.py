@@ -7,6 +7,7 @@ minimises Σ_i E_i ‖K Z − Z_own‖² over K = Q G⁻¹.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ziplora_lib.merge.judging import judged
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Settings
@@ -18,9 +19,19 @@ RIDGE = 1e-3
 
 
 def ssr(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
-    """`down` becomes K down, K = (Q + ρ start)(G + ρ)⁻¹ (R, R), ρ the ridge; `up` stays.
+    """`down` becomes K down; `up` stays. Raises as `solved` does.
 
     The paper puts K into `up`. The same ΔW_m, but so every LoRA keeps its own `up`, and with it its half of the merge.
+    """
+    downs = solved(pairing, calibration, settings, settings.start, callback)
+    return judged("ssr", pairing, downs, calibration, settings)
+
+
+def solved(
+    pairing: Pairing, calibration: Calibration, settings: Settings, start: float, callback: Callback
+) -> dict[str, Tensor]:
+    """K down of every learned layer, K = (Q + ρ start)(G + ρ)⁻¹ (R, R), ρ the ridge.
+
     Raises as `rank_moments` and `ridge_solved` do.
     """
     ridge = RIDGE if settings.ridge is None else settings.ridge
@@ -29,6 +40,6 @@ def ssr(pairing: Pairing, calibration: Calibration, settings: Settings, callback
         stack = pairing.stacks[key]
         own = stack.per_rank(torch.eye(pairing.parents)).to(moments.device)  # (P, R): whose ranks
         q = (own[:, :, None] * moments).sum(0)
-        k = ridge_solved(moments.sum(0), q.T, ridge, settings.start * torch.eye(len(q), device=q.device)).T
+        k = ridge_solved(moments.sum(0), q.T, ridge, start * torch.eye(len(q), device=q.device)).T
         downs[key] = (k.cpu() @ stack.down.flatten(1)).reshape(stack.down.shape)
-    return judged("ssr", pairing, downs, calibration, settings)
+    return downs

@@ -1,7 +1,7 @@
 """ZipLoRA (arXiv 2311.13600): one learned coefficient per input column of each LoRA, by gradient, everything else frozen.
 
-With a warm start the columns are those that SSR-Merge leaves, least squares among the ranks: of most of the interference
-between the LoRAs it rids them in seconds, layer by layer; the coefficients then see to what the whole model makes of it.
+With a warm start the columns are those that SSR-Merge leaves, least squares among the ranks: that takes most of the error
+away with forward passes alone, layer by layer; the coefficients then see to what the whole model makes of it.
 """
 
 from __future__ import annotations
@@ -15,35 +15,28 @@ from torch import Tensor
 
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge.attach import Down
-from ziplora_lib.merge.judging import retained
+from ziplora_lib.merge.judging import held_out_errors, retained
 from ziplora_lib.merge.learning import learn
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
 from ziplora_lib.merge.objective import OBJECTIVES, Columns, retained_energy
 from ziplora_lib.merge.pairing import Pairing
-from ziplora_lib.merge.ssr import ssr
+from ziplora_lib.merge.ssr import solved
 
 
 def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
     """ΔW_m = Σ_i m_i ⊗ ΔW_i (Eq. 2), m_i (columns,), learned on Eq. 3 in the objective's form. Raises as `learn` does.
 
-    With a warm start ΔW_i is what SSR-Merge makes of LoRA i, and this raises as `ssr` does too.
+    With a warm start ΔW_i is what SSR-Merge makes of LoRA i, and this raises as its `solved` does too.
     """
-    if not OBJECTIVES[settings.objective].warm_start:
-        return _learned(pairing, calibration, settings, callback)
-    begun = ssr(
-        pairing, calibration, replace(settings, start=1.0), lambda info: callback({**info, "phase": "warm start"})
-    )
-    there = replace(pairing, stacks=begun.stacks)
-    merged = _learned(there, _beginning(calibration, there), settings, callback)
-    merged.summary["error_plain_sum"] = begun.summary["error_plain_sum"]
-    merged.summary["retained"] = retained(pairing, merged.stacks)
-    return merged
-
-
-def _learned(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
-    columns = learned_columns(pairing, calibration.device)
-    penalty = OBJECTIVES[settings.objective].penalty
-    return learn("ziplora", _ByColumn(pairing, columns, penalty), pairing, calibration, settings, callback)
+    form, norm = OBJECTIVES[settings.objective], 1.0
+    summed = held_out_errors(calibration, {}, pairing.parents, settings.at_once)
+    if form.warm_start:
+        downs = solved(pairing, calibration, settings, 1.0, lambda info: callback({**info, "phase": "warm start"}))
+        stacks = {**pairing.stacks, **{key: replace(pairing.stacks[key], down=down) for key, down in downs.items()}}
+        norm, pairing = retained(pairing, stacks), replace(pairing, stacks=stacks)
+        calibration = _beginning(calibration, pairing)
+    coefficients = _ByColumn(pairing, learned_columns(pairing, calibration.device), form.penalty, norm)
+    return learn("ziplora", coefficients, pairing, calibration, settings, callback, summed)
 
 
 def _beginning(calibration: Calibration, pairing: Pairing) -> Calibration:
@@ -64,11 +57,12 @@ def _beginning(calibration: Calibration, pairing: Pairing) -> Calibration:
 
 @dataclass(frozen=True)
 class _ByColumn:
-    """m: (P, M), M columns of all learned layers."""
+    """m: (P, M), M columns of all learned layers; norm: that of the pairing's sum over the plain sum's."""
 
     pairing: Pairing
     columns: Columns
     of_columns: Callable[[Tensor, Columns], Tensor]
+    norm: float
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +81,7 @@ class _ByColumn:
         return self.columns.mean_abs(m)
 
     def retained(self, m: Tensor) -> float:
-        return retained_energy(m, self.columns)
+        return self.norm * retained_energy(m, self.columns)
 
     def penalty(self, m: Tensor) -> Tensor:
         return self.of_columns(m, self.columns)
