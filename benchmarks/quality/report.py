@@ -55,7 +55,6 @@ MEASURES: dict[str, Callable[[dict], float]] = {
     "error, style": lambda cell: cell["facts"]["error"][1],
     "retained": lambda cell: cell["facts"]["retained"],
     "peak MB": lambda cell: cell["facts"]["peak MB"],
-    "seconds": lambda cell: cell["facts"]["merge s"] + cell["facts"].get("calibrate s", 0.0),
 }
 
 
@@ -175,7 +174,6 @@ SHOWN = {
     "own subject": "subject kept",
     "own style": "style kept",
     "new context": "new context",
-    "seconds": "seconds",
 }
 TITLES = {
     "strong": "Strong, overtrained LoRAs",
@@ -190,7 +188,6 @@ CHANGED = {
     "own style": "style kept",
     "error, subject": "error, subject",
     "error, style": "error, style",
-    "seconds": "seconds",
 }
 MARK = "<!-- quality -->", "<!-- /quality -->"
 # where a table stands, and its columns
