@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try test lint format clean miniature gate bench-quality bench-ablations bench-scale
+.PHONY: try test lint format clean miniature gate bench-quality bench-validation bench-ablations bench-cost bench-scale
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -41,7 +41,16 @@ bench-quality: $(VENV)/.benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.grid
 	$(BIN)/python -m benchmarks.quality.run
 	$(BIN)/python -m benchmarks.quality.report
+	$(BIN)/python -m benchmarks.quality.alignment
 	$(BIN)/python -m benchmarks.quality.figure
+
+BEGINNINGS := sum ziplora cold guidance-1 from-regmean from-regmean-cross paper regmean ssr
+bench-validation: $(VENV)/.headless
+	$(BIN)/python -m benchmarks.quality.run --validation --seeds 8 --rows $(BEGINNINGS)
+	$(BIN)/python -m benchmarks.quality.report --table validation
+
+bench-cost: $(VENV)/.headless
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.cost
 
 bench-ablations: $(VENV)/.headless
 	$(BIN)/python -m benchmarks.quality.run --table ablations --pairs 8 --lora-seeds 1 --seeds 16
