@@ -95,7 +95,7 @@ def test_each_alone_is_what_routing_gives(host, attached, dense_output):
     assert float((subject - style).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("recipe", [{"method": "direct"}, {"start": 1.0, "lr": 1e-7, "steps": 1}], ids=str)
+@pytest.mark.parametrize("recipe", [{"method": "direct"}, {"objective": "paper", "lr": 1e-7, "steps": 1}], ids=str)
 def test_a_saved_plain_sum_is_the_plain_sum(host, recipe_of, dense_output, recipe):
     wanted = dense_output(host, 1, 1)
     run(recipe_of(dtype="fp32", **recipe), host)

@@ -1,4 +1,4 @@
-"""What the learned and solved methods cost, side by side: seconds and memory of the same pairs in one run, nothing beside it.
+"""What the learned and solved methods cost, side by side: seconds and memory of the same pairs in one run.
 
 python -m benchmarks.quality.cost        writes benchmarks/results/cost.json
 """

@@ -20,6 +20,6 @@ NEEDS_MODEL = {"ziplora", "regmean", "ssr"}
 SAID = {
     "ziplora": "begins as ssr, and learns a coefficient for every input column; for lightly and for strongly trained LoRAs",
     "direct": "the plain sum; as good for lightly trained LoRAs at ordinary guidance",
-    "ssr": "least squares among the ranks, layer by layer: half the time; for some strong LoRAs, not for light ones",
+    "ssr": "least squares among the ranks, layer by layer: faster; for some strong LoRAs, not for light ones",
     "regmean": "least squares over all matrices, layer by layer; likewise",
 }
