@@ -136,6 +136,20 @@ class World:
         return self.calibrated(lambda calibration: COMPARED[method](self.pairing, calibration, settings, callback))
 
 
+@pytest.fixture
+def gradients(monkeypatch):
+    """What the optimiser is given, step by step."""
+    given = []
+
+    class Recording(torch.optim.Adam):
+        def step(self, *args, **kwargs):
+            given.append(self.param_groups[0]["params"][0].grad.clone())
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "Adam", Recording)
+    return given
+
+
 def merged_delta(merged, key):
     return merged.stacks[key].total().dense().flatten(1).double()
 
@@ -400,15 +414,7 @@ def test_from_a_warm_start_it_learns_the_columns_of_what_ssr_leaves(parents):
         close(merged_delta(merged, key), wanted)
 
 
-def test_the_gradient_from_a_warm_start_is_that_of_the_dense_model(monkeypatch):
-    gradients = []
-
-    class Recording(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            gradients.append(self.param_groups[0]["params"][0].grad.clone())
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "Adam", Recording)
+def test_the_gradient_from_a_warm_start_is_that_of_the_dense_model(gradients):
     world = World()
     there = world.run("ssr")
     world.run("ziplora", steps=1, start=0.6)
@@ -508,15 +514,7 @@ def test_rank_masks_scale_ranks_and_learn():
     assert merged.history[-1]["penalty"] == 0.0
 
 
-def test_the_gradient_of_rank_masks_is_that_of_the_dense_model(monkeypatch):
-    gradients = []
-
-    class Recording(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            gradients.append(self.param_groups[0]["params"][0].grad.clone())
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "Adam", Recording)
+def test_the_gradient_of_rank_masks_is_that_of_the_dense_model(gradients):
     world = World()
     world.run("rank-masks", steps=1, start=0.6, lam=5.0)
     stacks = [world.pairing.stacks[key] for key in world.pairing.learned]

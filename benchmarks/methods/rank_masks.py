@@ -31,7 +31,7 @@ class _ByRank:
         stacks = [pairing.stacks[key] for key in pairing.learned]
         self.keys, self.sizes, self.parents = pairing.learned, [sum(s.ranks) for s in stacks], pairing.parents
         self.shape = (sum(self.sizes),)
-        self.grams = [s.rank_grams().to(device) for s in stacks]
+        self.grams = [_rank_grams(s).to(device) for s in stacks]
         self.total = sum(float(gram.sum()) for gram in self.grams)
         # whose each rank is
         self.owner = torch.cat([s.per_rank(torch.arange(self.parents)) for s in stacks]).to(device)
@@ -40,7 +40,7 @@ class _ByRank:
         return dict(zip(self.keys, m.split(self.sizes)))
 
     def folded_down(self, stack: Stack, values: Tensor) -> Tensor:
-        return stack.scaled_down(values)
+        return stack.down.to(values.dtype) * values.reshape(-1, *[1] * (stack.down.ndim - 1))
 
     def own(self, m: Tensor, i: int) -> Tensor:
         return m[self.owner == i]
@@ -55,3 +55,9 @@ class _ByRank:
 
     def penalty(self, m: Tensor) -> Tensor:
         return 0 * m.sum()
+
+
+def _rank_grams(stack: Stack) -> Tensor:
+    """⟨ΔW of rank r, ΔW of rank q⟩ for all ranks: (R, R), fp32; m' this m is ‖ΔW‖² with rank r times m[r]."""
+    down = stack.down.float().flatten(1)
+    return (stack.up.float().T @ stack.up.float()) * (down @ down.T)

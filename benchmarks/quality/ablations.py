@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from benchmarks.quality.rows import Opened, Row, Shown, by_parent, in_weights, m
 from ziplora_lib import calibration
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.samples import STYLE_WORD, style_training, subject_training, subject_words
-from ziplora_lib.merge.attach import Down
 from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
 from ziplora_lib.merge.objective import (
     OBJECTIVES,
@@ -31,6 +30,7 @@ from ziplora_lib.merge.objective import (
     relative_error,
 )
 from ziplora_lib.merge.pairing import Pairing
+from ziplora_lib.merge.ziplora import beginning, ziplora
 
 
 def mse(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
@@ -80,18 +80,9 @@ def from_method(on: Opened, first: str, only: str = "", **fields) -> Iterator[Sh
     def both(pairing: Pairing, calibration: Calibration, settings: Settings, callback: Callback) -> Merged:
         where = [key for key in pairing.learned if only in key]
         begun = COMPARED[first](replace(pairing, learned=where), calibration, settings, callback)
+        there = replace(pairing, stacks=begun.stacks)
+        return ziplora(there, beginning(calibration, there), settings, callback)
 
-        def predict(samples: Sequence[Sample], downs: Mapping[str, Down]) -> Tensor:
-            given = {key: lambda _, key=key: begun.stacks[key].down for key in pairing.learned}
-            for key, down in downs.items():
-                given[key] = lambda _, key=key, down=down: down(begun.stacks[key])
-            return calibration.predict(samples, given)
-
-        return as_it_is(
-            replace(pairing, stacks=begun.stacks), replace(calibration, predict=predict), settings, callback
-        )
-
-    as_it_is = COMPARED["ziplora"]
     cold = {"guided": replace(OBJECTIVES["guided"], warm_start=False)}
     with (
         patch.dict(OBJECTIVES, cold),

@@ -35,8 +35,8 @@ def main() -> None:
         panel.invert_yaxis()
         panel.axvline(0, color="0.6", linewidth=0.8)
         panel.set_title(f"{title}\nplain sum: {saved[regime]['sum']['joint']['mean']:.2f}", fontsize=9)
-        panel.set_xlabel("joint success minus the plain sum's, 95 % over pairs")
-    panels[0].legend(frameon=False, loc="best")
+    figure.supxlabel("joint success minus the plain sum's, 95 % over pairs", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
     figure.savefig(FIGURE, dpi=110)
 
 

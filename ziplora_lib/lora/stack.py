@@ -61,10 +61,6 @@ class Stack:
         rows = torch.cat([m[i].expand(r, -1) for i, r in enumerate(self.ranks) if r])
         return (self.down.to(m.dtype).flatten(1) * rows).reshape(self.down.shape)
 
-    def scaled_down(self, m: Tensor) -> Tensor:
-        """`down` with every rank times its own number, m (R,); differentiable in m. -> (R, in…)"""
-        return self.down.to(m.dtype) * m.reshape(-1, *[1] * (self.down.ndim - 1))
-
     def merged(self, m: Tensor | Sequence[float]) -> Stack:
         """m ⊗ ΔW of every LoRA. m: (P, columns), or one number a LoRA."""
         m = torch.as_tensor(m, dtype=torch.float32)
@@ -74,11 +70,6 @@ class Stack:
     def total(self) -> LowRankDelta:
         """The sum of all LoRAs on this layer."""
         return LowRankDelta(self.up, self.down)
-
-    def rank_grams(self) -> Tensor:
-        """⟨ΔW of rank r, ΔW of rank q⟩ for all ranks: (R, R), fp32; m' this m is ‖ΔW‖² with rank r times m[r]."""
-        down = self.down.float().flatten(1)
-        return (self.up.float().T @ self.up.float()) * (down @ down.T)
 
     def column_grams(self) -> Tensor:
         """⟨ΔW_i[:,j], ΔW_k[:,j]⟩ for all LoRAs i, k and columns j: (P, P, columns), fp32."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def judged(
     name: str, pairing: Pairing, downs: Mapping[str, Tensor], calibration: Calibration, settings: Settings
 ) -> Merged:
     """The Merged of a method that replaces `down` in the layers given, (R, in…) each, with its errors."""
-    stacks = {**pairing.stacks, **{key: replace(pairing.stacks[key], down=down) for key, down in downs.items()}}
+    stacks = pairing.with_downs(downs).stacks
 
     def errors(given: Mapping[str, Down]) -> list[float]:
         return held_out_errors(calibration, given, pairing.parents, settings.at_once)

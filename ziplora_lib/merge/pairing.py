@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.delta import LowRankDelta
@@ -35,6 +37,11 @@ class Pairing:
     def parents(self) -> int:
         """How many LoRAs there are."""
         return len(next(iter(self.stacks.values())).ranks)
+
+    def with_downs(self, downs: Mapping[str, Tensor]) -> Pairing:
+        """The same with another `down`, (R, in…), in the layers given."""
+        changed = {key: replace(self.stacks[key], down=down) for key, down in downs.items()}
+        return replace(self, stacks={**self.stacks, **changed})
 
 
 def pair(

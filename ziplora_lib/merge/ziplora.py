@@ -32,15 +32,14 @@ def ziplora(pairing: Pairing, calibration: Calibration, settings: Settings, call
     summed = held_out_errors(calibration, {}, pairing.parents, settings.at_once)
     if form.warm_start:
         downs = solved(pairing, calibration, settings, 1.0, lambda info: callback({**info, "phase": "warm start"}))
-        stacks = {**pairing.stacks, **{key: replace(pairing.stacks[key], down=down) for key, down in downs.items()}}
-        norm, pairing = retained(pairing, stacks), replace(pairing, stacks=stacks)
-        calibration = _beginning(calibration, pairing)
+        begun = pairing.with_downs(downs)
+        norm, pairing, calibration = retained(pairing, begun.stacks), begun, beginning(calibration, begun)
     coefficients = _ByColumn(pairing, learned_columns(pairing, calibration.device), form.penalty, norm)
     return learn("ziplora", coefficients, pairing, calibration, settings, callback, summed)
 
 
-def _beginning(calibration: Calibration, pairing: Pairing) -> Calibration:
-    """The same model, with other factors on it than those attached: the pairing's."""
+def beginning(calibration: Calibration, pairing: Pairing) -> Calibration:
+    """The same model, with other downs in the learned layers than those attached: the pairing's."""
     here: dict[str, Stack] = {}
 
     def down(attached: Stack, key: str, given: Down | None) -> Tensor:
