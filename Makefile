@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try test lint format clean miniature gate bench-quality bench-validation bench-ablations bench-cost bench-scale
+.PHONY: try tab test lint format clean miniature gate bench-quality bench-validation bench-ablations bench-cost bench-scale
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -12,8 +12,16 @@ $(VENV)/.headless: pyproject.toml
 	touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.headless
-	$(BIN)/pip install --quiet --editable ".[headless,test]"
+	$(BIN)/pip install --quiet --editable ".[headless,tab,test]"
 	touch $@
+
+$(VENV)/.tab: pyproject.toml $(VENV)/.headless
+	$(BIN)/pip install --quiet --editable ".[headless,tab]"
+	touch $@
+
+# the tab without a WebUI, on the miniature and what make try has left
+tab: $(VENV)/.tab try
+	$(BIN)/python -m ziplora_lib tab --folder try
 
 try: $(VENV)/.headless
 	$(BIN)/python -m ziplora_lib.trial try

@@ -1,17 +1,30 @@
-"""The one file that the WebUI runs: registers the tab and the API, nothing else."""
+"""The one file that the WebUI runs: registers the tab, its settings and the API, nothing else."""
 
-from modules import call_queue, script_callbacks, shared
+import gradio as gr
+from modules import script_callbacks, shared
 
 from ziplora_lib import api, tab
 from ziplora_lib.hosts.webui import WebuiHost
-from ziplora_lib.job import Job
+from ziplora_lib.jobs import Job
+from ziplora_lib.options import OPTIONS
 
 HOST = WebuiHost()
 JOBS: dict[str, Job] = {}
 
 
 def add_tab():
-    return [(tab.build(HOST, JOBS, call_queue.wrap_gradio_gpu_call, HOST.progress), "ZipLoRA", "ziplora")]
+    return [(tab.build(HOST, JOBS), "ZipLoRA", "ziplora")]
+
+
+def add_settings():
+    for name, option in OPTIONS.items():
+        component, details = None, {}
+        if option.choices:
+            component, details = gr.Radio, {"choices": list(option.choices)}
+        elif option.bounds:
+            component, details = gr.Slider, dict(zip(("minimum", "maximum", "step"), option.bounds))
+        info = shared.OptionInfo(option.default, option.label, component, details, section=("ziplora", "ZipLoRA"))
+        shared.opts.add_option(f"ziplora_{name}", info.info(option.hint))
 
 
 def add_api(_demo, app):
@@ -20,4 +33,5 @@ def add_api(_demo, app):
 
 
 script_callbacks.on_ui_tabs(add_tab)
+script_callbacks.on_ui_settings(add_settings)
 script_callbacks.on_app_started(add_api)

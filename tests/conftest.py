@@ -110,6 +110,23 @@ def samples(tmp_path_factory):
 
 
 @pytest.fixture
+def cli(capsys):
+    """cli(*arguments) -> (status, stdout, stderr), in this process."""
+    pytest.importorskip("diffusers")
+    from ziplora_lib.__main__ import main
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = ended.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def lycoris_network(monkeypatch):
     """lycoris_network(pipe, algo, **options): a network on UNet and text encoders as kohya's trainer makes it, random."""
     kohya = pytest.importorskip("lycoris.kohya")

@@ -21,7 +21,6 @@ def client(host):
 
     from ziplora_lib.api import add_routes
 
-    host.progress = lambda info: False
     app = FastAPI()
     add_routes(app, host, {}, None)
     return TestClient(app)

@@ -19,23 +19,6 @@ SMALL = ["--steps", "3", "--resolution", "64", "--pictures", "1", "--samples", "
 
 
 @pytest.fixture
-def cli(capsys):
-    """cli(*arguments) -> (status, stdout, stderr), in this process."""
-    pytest.importorskip("diffusers")
-    from ziplora_lib.__main__ import main
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code
-        return (status, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def zipping(pair_files, tmp_path):
     """zipping(*more, **changed): the arguments of a small `zip`."""
 
@@ -303,7 +286,7 @@ def test_bake_and_split_refuse_what_is_not_ours(cli, tmp_path, pair_files):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"], ["evaluate"]], ids=str
+    "arguments", [[], ["nonsense"], ["zip"], ["zip", "--steps", "many"], ["inspect"], ["evaluate"], ["strip"]], ids=str
 )
 def test_wrong_usage_is_status_2(cli, arguments):
     status, out, err = cli(*arguments)
@@ -312,7 +295,7 @@ def test_wrong_usage_is_status_2(cli, arguments):
     assert out == ""
 
 
-@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"], ["split"], ["evaluate"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["zip"], ["inspect"], ["bake"], ["split"], ["evaluate"], ["strip"]], ids=str)
 def test_help(cli, command):
     status, out, _ = cli(*command, "--help")
     assert status == 0
@@ -329,7 +312,8 @@ def test_every_field_of_the_recipe_has_a_flag_with_its_default(pair_files):
     other = {"method": "direct", "objective": "paper", "steps": 7, "lr": 0.5, "lam": 2.0, "start": 0.25, "seed": 3,
              "resolution": 512, "dtype": "bf16", "overwrite": True, "allow_same": True, "pictures": 2, "samples": 8,
              "empty_share": 0.5, "sampler_steps": 3, "guidance": 2.0, "batch": 2, "at_once": 2, "checkpointing": False,
-             "balance_points": 3, "preview_prompt": "x", "text_encoders": "learn", "equal_norms": True, "dense_rank": 8,
+             "balance_points": 3, "preview_size": 128,
+             "preview_prompt": "x", "text_encoders": "learn", "equal_norms": True, "dense_rank": 8,
              "max_rank": 12, "ridge": 0.2, "keep_energy": 0.9, "keep_norm": 0.95,
              "layer_names": "peft", "loss_guidance": 4.0}  # fmt: skip
     assert other.keys() == Recipe.__fields__.keys() - {"parents", "output"}

@@ -459,7 +459,7 @@ def test_the_scores_are_those_of_the_pictures_that_a_zip_would_show(finished, wo
     judge = _Judge(pair, clip, dino, SIDE)
     for prompt in pair.prompts:
         recipe = recipe_of(preview_prompt=prompt)
-        rows = comparison(recipe, folder / "subject-style-ziplora.safetensors", host, [5, 6])
+        rows = comparison(recipe, folder / "subject-style-ziplora.safetensors", host, [5, 6]).rows
         for row, drawn in zip((*ROWS, "ziplora"), rows[1:]):
             scores = [
                 {k: p[k] for k in ("style", "subject", "text")} for p in told["rows"][row] if p["prompt"] == prompt
@@ -467,7 +467,9 @@ def test_the_scores_are_those_of_the_pictures_that_a_zip_would_show(finished, wo
             assert scores == [pytest.approx(judge(picture, prompt), abs=1e-6) for picture in drawn]
     # each LoRA alone on its own prompt
     for i, (role, prompt) in enumerate((("subject", "a photo of sks cat"), ("style", "a house in szn style"))):
-        rows = comparison(recipe_of(preview_prompt=prompt), folder / "subject-style-ziplora.safetensors", host, [5, 6])
+        rows = comparison(
+            recipe_of(preview_prompt=prompt), folder / "subject-style-ziplora.safetensors", host, [5, 6]
+        ).rows
         scores = [judge(picture, prompt)[role] for picture in rows[1 + i]]
         assert [p[role] for p in told["own_prompt"][role]] == pytest.approx(scores, abs=1e-6)
 
@@ -480,7 +482,7 @@ def test_a_picture_that_is_the_reference_scores_one_and_sets_the_threshold(
     folder, _ = finished
     merged = folder / "subject-style-ziplora.safetensors"
     for i, prompt in enumerate((entry()["subject_prompt"], entry()["style_prompt"])):
-        drawn = comparison(recipe_of(preview_prompt=prompt), merged, host, [5])
+        drawn = comparison(recipe_of(preview_prompt=prompt), merged, host, [5]).rows
         drawn[1 + i][0].save(tmp_path / f"{i}.png")
     changed = {"subject_pictures": str(tmp_path / "0.png"), "style_pictures": str(tmp_path / "1.png")}
     path = listed(world, entry(**changed, merged={"zip": str(merged)}))

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ziplora_lib import job
-from ziplora_lib.job import Job
+from ziplora_lib.drawing import draw, over_strengths
+from ziplora_lib.drawing import recipe_of as drawing_recipe
+from ziplora_lib.jobs import Job
 
 ROOTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
@@ -87,7 +89,7 @@ def test_the_model_is_as_it_was(host, recipe_of, ending, state):
         host.pipe.unet.conv_in.register_forward_hook(lambda *_: None)
     before_picture, before = picture(host), everything(host)  # transformers hangs hooks of its own on the first picture
     callback, wanted = ENDINGS[ending]
-    run = Job(recipe_of(checkpointing=state == "as loaded", balance_points=3))
+    run = Job.merge(recipe_of(checkpointing=state == "as loaded", balance_points=3))
     run.run(host, callback)
     assert run.state == wanted, run.error
     assert changes(before, everything(host)) == []
@@ -106,7 +108,7 @@ def test_an_error_inside_the_model_is_survived(host, recipe_of, monkeypatch, nth
         return predict(*args)
 
     monkeypatch.setattr(host, "predict", failing)
-    run = Job(recipe_of())
+    run = Job.merge(recipe_of())
     run.run(host)
     assert run.state == "failed"
     assert "out of memory" in run.error
@@ -158,3 +160,19 @@ def test_the_check_sees_what_it_should(host):
     with torch.no_grad():
         host.pipe.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
     assert changed()
+
+
+@pytest.mark.parametrize("ending", ["finished", "stopped", "failed"])
+def test_a_sheet_of_a_merged_lora_leaves_no_trace(host, recipe_of, ending):
+    job.run(recipe_of(method="direct"), host)
+    merged = host.peek("merged")
+    plan = over_strengths(merged, drawing_recipe(merged), [1], [0.5, 1.5], [1.0])
+    before_picture, before = picture(host), everything(host)
+    callback = {"finished": lambda _: None, "stopped": stop_in("preview", 1), "failed": raise_in("preview", 1)}[ending]
+    if ending == "failed":
+        with pytest.raises(Boom):
+            draw(host, "merged", plan, callback)
+    else:
+        assert draw(host, "merged", plan, callback).stopped == (ending == "stopped")
+    assert changes(before, everything(host)) == []
+    assert np.array_equal(picture(host), before_picture)

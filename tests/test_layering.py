@@ -46,7 +46,19 @@ def test_the_core_knows_no_face_no_host_and_no_framework(name):
         "ldm",
         "lycoris",
     )
-    parts = ("tab", "api", "job", "hosts", "__main__", "calibration", "charts", "evaluation")
+    parts = (
+        "tab",
+        "api",
+        "job",
+        "jobs",
+        "hosts",
+        "__main__",
+        "calibration",
+        "charts",
+        "evaluation",
+        "commands",
+        "server",
+    )
     faces = [f"ziplora_lib.{part}" for part in parts]
     assert inside(imports(name), *strangers, *faces) == set()
     if name.startswith("lora."):
@@ -54,14 +66,18 @@ def test_the_core_knows_no_face_no_host_and_no_framework(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODULES if name.startswith("hosts.") or name in ("job", "calibration")]
+    "name",
+    [name for name in MODULES if name.startswith("hosts.") or name in ("job", "drawing", "comparison", "calibration")],
 )
 def test_jobs_and_hosts_know_no_face(name):
-    faces = [f"ziplora_lib.{part}" for part in ("tab", "api", "__main__", "evaluation")]
+    faces = [f"ziplora_lib.{part}" for part in ("tab", "api", "__main__", "evaluation", "commands", "server")]
     assert inside(imports(name), "gradio", *faces) == set()
 
 
-@pytest.mark.parametrize("name", ["job", "calibration", *(name for name in MODULES if name.startswith("evaluation."))])
+@pytest.mark.parametrize(
+    "name",
+    ["job", "drawing", "comparison", "calibration", *(name for name in MODULES if name.startswith("evaluation."))],
+)
 def test_a_job_and_its_evaluation_know_no_particular_host(name):
     assert (
         inside(imports(name), "ziplora_lib.hosts.webui", "ziplora_lib.hosts.diffusers", "diffusers", "modules") == set()

@@ -9,7 +9,8 @@ from loras import write_lora
 from PIL import Image
 
 from ziplora_lib.errors import BadInput, Stopped
-from ziplora_lib.job import Job, preflight, run
+from ziplora_lib.job import preflight, run
+from ziplora_lib.jobs import Job
 from ziplora_lib.lora.reader import read
 
 
@@ -61,7 +62,7 @@ def test_checkpointing_really_is_on_while_merging_and_only_then(host, recipe_of)
 
 
 def test_a_stop_in_the_merge_keeps_the_best_and_says_so(host, recipe_of):
-    job = Job(recipe_of(steps=50, lr=0.02))
+    job = Job.merge(recipe_of(steps=50, lr=0.02))
     job.run(host, lambda info: info["phase"] == "merge" and info["step"] == 7)
     assert job.state == "stopped"
     assert job.result.stopped
@@ -73,7 +74,7 @@ def test_a_stop_in_the_merge_keeps_the_best_and_says_so(host, recipe_of):
 
 
 def test_a_stop_from_another_thread_is_heard(host, recipe_of):
-    job = Job(recipe_of(steps=50))
+    job = Job.merge(recipe_of(steps=50))
     job.run(host, lambda info: job.stop() if info.get("phase") == "merge" and info["step"] == 2 else None)
     assert job.state == "stopped"
     assert len(job.result.history) == 2
@@ -83,7 +84,7 @@ def test_a_stop_in_the_calibration_saves_nothing(host, recipe_of):
     with pytest.raises(Stopped):
         run(recipe_of(), host, lambda info: info["phase"] == "calibrate")
     assert list(host.folder.iterdir()) == []
-    job = Job(recipe_of())
+    job = Job.merge(recipe_of())
     job.stop()
     job.run(host)
     assert job.state == "stopped"
@@ -116,7 +117,7 @@ def test_a_collapsed_run_is_told(host, recipe_of, tmp_path, layers):
 
 def test_the_result_is_plain_data_and_says_where_and_how(host, recipe_of):
     phases = []
-    job = Job(recipe_of(balance_points=3))
+    job = Job.merge(recipe_of(balance_points=3))
     job.run(host, lambda info: phases.append(info["phase"]))
     assert list(dict.fromkeys(phases)) == ["preflight", "calibrate", "warm start", "merge", "save", "preview"]
     told = json.loads(json.dumps(job.public()))

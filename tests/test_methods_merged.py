@@ -8,7 +8,8 @@ from loras import dense_deltas, kohya_name, write_lora
 
 from ziplora_lib import job
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, preflight, run
+from ziplora_lib.job import preflight, run
+from ziplora_lib.jobs import Job
 from ziplora_lib.lora.bake import bake, split
 from ziplora_lib.lora.keys import is_unet, layer_key
 from ziplora_lib.lora.reader import read
@@ -136,7 +137,7 @@ def test_text_encoders_can_be_solved_for_as_well(host, recipe_of, third_file, tm
 
 @pytest.mark.parametrize("method", ["ziplora", *SOLVED])
 def test_a_stop_while_observing_saves_nothing(host, recipe_of, third_file, small_style, method):
-    stopped = Job(recipe_of(third_file, small_style, method=method))
+    stopped = Job.merge(recipe_of(third_file, small_style, method=method))
     stopped.run(host, lambda info: info["phase"] in ("warm start", "merge"))
     assert stopped.state == "stopped"
     assert "nothing was saved" in stopped.error

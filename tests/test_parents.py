@@ -109,16 +109,16 @@ def test_the_tabs_words_loop_over_the_parents():
 
 
 def test_the_comparison_has_a_row_for_each(host, three, recipe_of):
-    from ziplora_lib.comparison import comparison, row_labels
+    from ziplora_lib.comparison import comparison
 
     recipe = recipe_of(parents=three, steps=1)
     result = run(recipe, host)
-    rows = comparison(recipe, host.destination("merged"), host, [1])
-    assert row_labels(recipe) == [
+    sheet = comparison(recipe, host.destination("merged"), host, [1])
+    assert sheet.row_labels == [
         "no LoRA", "subject subject alone", "subject third alone", "style alone", "plain sum", "ZipLoRA"
     ]  # fmt: skip
-    assert len(rows) == 6
-    assert len({row[0].tobytes() for row in rows}) == 6, "each is another picture"
+    assert len(sheet.rows) == 6
+    assert len({row[0].tobytes() for row in sheet.rows}) == 6, "each is another picture"
     assert result.file == str(host.destination("merged"))
 
 
@@ -126,7 +126,7 @@ def test_attached_factors_grow_with_the_sum_of_the_ranks(host, pair_files, third
     """Memory: every further LoRA costs its own factors, and no dense ΔW is ever formed."""
     recipe = recipe_of(parents=three)
     ready = preflight(recipe, host)
-    with host.session(recipe):
+    with host.session(recipe.checkpointing):
         stacks = prepare(recipe, ready, host, lambda _: None)[0].stacks
     held = sum(stack.up.numel() + stack.down.numel() for stack in stacks.values())
     files = [read(file) for file in (*pair_files, third_file)]

@@ -1,4 +1,4 @@
-"""The command line: `python -m ziplora_lib zip …`, `bake`, `split`, `inspect`, `compare` and `evaluate`, without a WebUI.
+"""The command line, without a WebUI: `python -m ziplora_lib zip …`, and what else --help lists.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line saying what, where and what to do), 130 stopped (with what was kept).
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from ziplora_lib import inspection
+from ziplora_lib.commands.watching import progress_line, watched
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.evaluation import CLIP, DECIDED, DINO
 from ziplora_lib.lora import writer
 from ziplora_lib.lora.bake import bake, in_order, origins, split, strengths
 from ziplora_lib.lora.reader import peek, read
 from ziplora_lib.merge import balance
+from ziplora_lib.options import OPTIONS
 from ziplora_lib.recipe import Recipe, parse
 
 # what these libraries say at import (a missing torchvision, for instance) is of no use to whoever merges LoRAs
@@ -76,6 +77,26 @@ def _parser() -> argparse.ArgumentParser:
     zip_.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done and learned")
     _add_recipe(zip_, _OWN_FLAGS)
     zip_.set_defaults(run=_zip)
+    many = commands.add_parser(
+        "zip-many",
+        help="merge a list of pairs, one after another",
+        epilog="A CSV file with the columns subject and style (files, as seen from its folder), and if you like "
+        "subject_prompt, style_prompt (by default the trigger words in the files), output, subject_strength and "
+        "style_strength. One picture of each is drawn; they come together in contact-sheet.png.",
+    )
+    many.add_argument("pairs", type=Path, metavar="PAIRS.csv", help="the list of pairs")
+    _add_model(many, default="miniature")
+    many.add_argument("--out-folder", required=True, type=Path, metavar="DIR", help="where the merged LoRAs go")
+    many.add_argument(
+        "--name",
+        default=OPTIONS["name"].default,
+        metavar="PATTERN",
+        help=f"their names where the list gives none: {OPTIONS['name'].hint}",
+    )
+    many.add_argument("--skip-existing", action="store_true", help="leave out the pairs whose names are there already")
+    many.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each pair")
+    _add_recipe(many, {*_OWN_FLAGS, "balance_points"})
+    many.set_defaults(run=_zip_many)
     baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at other strengths")
     baked.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
     baked.add_argument(
@@ -109,6 +130,21 @@ def _parser() -> argparse.ArgumentParser:
         )
     halves.add_argument("--overwrite", action="store_true", help="replace LoRAs of the same names")
     halves.set_defaults(run=_split)
+    drawn = commands.add_parser("strip", help="draw a merged LoRA along the balance, from more subject to more style")
+    drawn.add_argument("file", type=Path, metavar="FILE", help="a LoRA that ZipLoRA made")
+    drawn.add_argument("--prompt", default="", metavar="TEXT", help="the one of its preview by default")
+    _add_model(drawn, required=True)
+    drawn.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the pictures side by side")
+    drawn.add_argument("--points", type=int, default=5, metavar="N", help="how many pictures, 5 by default")
+    drawn.add_argument(
+        "--seed", type=int, nargs="+", metavar="N", help="its recipe's by default; a row of pictures for each"
+    )
+    drawn.add_argument(
+        "--resolution", type=int, metavar="N", help="side of a picture in pixels; as its preview's by default"
+    )
+    drawn.add_argument("--sampler-steps", type=int, metavar="N", help="as its preview's by default")
+    drawn.add_argument("--guidance", type=float, metavar="G", help="as its preview's by default")
+    drawn.set_defaults(run=_strip)
     inspect = commands.add_parser("inspect", help="what is in LoRA files")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="as JSON")
@@ -154,6 +190,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--zipped", type=Path, metavar="FOLDER", help="keep the LoRAs that are merged for this")
     _add_recipe(evaluate, DECIDED)
     evaluate.set_defaults(run=_evaluate)
+    page = commands.add_parser("tab", help="the WebUI's tab without a WebUI, in the browser")
+    _add_model(page, default="miniature")
+    page.add_argument(
+        "--folder", type=Path, default=Path("."), metavar="DIR", help="where the LoRAs are, and new ones go"
+    )
+    page.add_argument("--port", type=int, help="the first free one from 7860 on by default")
+    page.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="who may connect: 0.0.0.0 for every machine"
+    )
+    page.set_defaults(run=_tab)
     return parser
 
 
@@ -230,26 +276,8 @@ def _zip(args: argparse.Namespace) -> int:
     from ziplora_lib.job import run
 
     host = DiffusersHost(args.model, args.out.parent, args.device)
-    interrupted = shown = False
-
-    def interrupt(*_) -> None:
-        nonlocal interrupted
-        interrupted = True
-
-    def show(info: dict) -> bool:
-        nonlocal shown
-        if info["phase"] != "preflight":  # which is over at once, or ends in a line of its own
-            print(_progress(info), end="", file=sys.stderr, flush=True)
-            shown = True
-        return interrupted
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with watched() as show:
         result = run(recipe, host, show)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if shown:
-            print(file=sys.stderr)
     if args.report:
         args.report.write_text(json.dumps({**result.public(), "history": result.history}, indent=2) + "\n")
     if result.pictures:
@@ -259,9 +287,26 @@ def _zip(args: argparse.Namespace) -> int:
         roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
         labels = [balance.caption(point, roles, names) for point, _ in result.pictures]
         sheet = strip([[picture for _, picture in result.pictures]], [""], labels)
+        sheet.info = next(picture.info for point, picture in result.pictures if point == 0)
         writer.write_beside(args.out, ".balance.png", png(sheet))
     print(summary(result))
     return 130 if result.stopped else 0
+
+
+def _zip_many(args: argparse.Namespace) -> int:
+    if not args.out_folder.is_dir():
+        raise BadInput(
+            f"the folder {args.out_folder} of --out-folder does not exist", remedy="Create it, or choose another"
+        )
+    if args.report:
+        _check_json(args.report, "--report")
+    if args.overwrite and args.skip_existing:
+        raise BadInput("give either --overwrite or --skip-existing", remedy="Leave one of them out")
+    from ziplora_lib.commands.zip_many import zip_many
+
+    settings = {name: getattr(args, name) for name in Recipe.__fields__ if name not in {*_OWN_FLAGS, "balance_points"}}
+    existing = "overwrite" if args.overwrite else "skip" if args.skip_existing else "refuse"
+    return zip_many(args.pairs, args.out_folder, args.model, args.device, args.name, settings, existing, args.report)
 
 
 def _bake(args: argparse.Namespace) -> int:
@@ -275,6 +320,13 @@ def _bake(args: argparse.Namespace) -> int:
         weights = strengths(merged, {role: getattr(args, role) for role in ROLES})
     _tell(args.out, bake(args.file, args.out, weights, args.overwrite))
     return 0
+
+
+def _strip(args: argparse.Namespace) -> int:
+    from ziplora_lib.commands.strip import strip
+
+    settings = {name: getattr(args, name) for name in ("resolution", "sampler_steps", "guidance")}
+    return strip(args.file, args.out, args.model, args.device, args.points, args.seed, args.prompt, settings)
 
 
 def _split(args: argparse.Namespace) -> int:
@@ -328,9 +380,23 @@ def summary(result) -> str:
     return "\n".join([*lines, f"prompt with {result.tag}"])
 
 
-def _progress(info: dict) -> str:
-    loss = f"  loss {info['loss']:.3f}" if "loss" in info else ""
-    return f"\r{info['phase']} {info.get('step', 0)}/{info.get('steps', 1)}{loss}".ljust(60)
+def _tab(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        raise BadInput(f"the folder {args.folder} of --folder does not exist", remedy="Create it, or choose another")
+    from ziplora_lib.hosts.diffusers import DiffusersHost
+
+    try:
+        from ziplora_lib.server import serve
+    except ImportError as error:
+        raise BadInput(
+            f"the tab needs {error.name}", remedy='Install it with this project: pip install ".[headless,tab]"'
+        ) from error
+    host = DiffusersHost(args.model, args.folder, args.device)
+    try:
+        serve(host, args.port, args.listen)
+    except OSError as error:  # gradio's words for a port that is taken
+        raise BadInput(str(error).splitlines()[0], remedy="Give another --port") from error
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -388,7 +454,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     def show(info: dict) -> None:
         nonlocal shown
         shown = True
-        print(_progress(info), end="", file=sys.stderr, flush=True)
+        print(progress_line(info), end="", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Job, bake_balance, preflight, remember, split_merged
+from ziplora_lib.job import bake_balance, preflight, split_merged
+from ziplora_lib.jobs import Job, remember
 from ziplora_lib.lora.bake import origins, strengths
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
@@ -78,14 +78,9 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
             preflight(recipe, host)
         except BadInput as error:
             return refused(error)
-        job = Job(recipe)
+        job = Job.merge(recipe)
         remember(jobs, job)
-
-        def work() -> None:
-            with host.exclusive(f"ziplora {job.id}"):
-                job.run(host, host.progress)
-
-        threading.Thread(target=work, name=f"ziplora-{job.id}", daemon=True).start()
+        job.start(host)
         return {"job": job.id}
 
     @route("POST", "/bake")
@@ -108,6 +103,10 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
             return refused(error)
         except OSError as error:
             return JSONResponse({"error": f"could not be written: {error}"}, 500)
+
+    @route("GET", "/jobs")
+    def every_job():
+        return [{"job": job.id, "kind": job.kind, "title": job.title, "state": job.state} for job in jobs.values()]
 
     @route("GET", "/jobs/{job}")
     def show(job: str):

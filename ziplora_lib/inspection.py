@@ -67,11 +67,11 @@ def inspected(lora: Lora) -> dict:
         "ranks": lora.ranks,
         "rank_counts": {str(rank): ranks[rank] for rank in sorted(ranks)},
         "rank_median": median(ranks.elements()) if ranks else None,
-        "scales": sorted({_brief(delta.scale) for delta in lora.deltas.values()}),
+        "scales": sorted({brief(delta.scale) for delta in lora.deltas.values()}),
         "scale_from": _scale_from(lora),
         "dtype": lora.dtype,
-        "norm": _brief(lora.norm()) if lora.deltas else None,
-        "norms_by_block": {block: _brief(norm) for block, norm in analysis.norms_by_block(lora).items()},
+        "norm": brief(lora.norm()) if lora.deltas else None,
+        "norms_by_block": {block: brief(norm) for block, norm in analysis.norms_by_block(lora).items()},
         "need_the_model": dict(Counter(layer.kind for layer in lora.dense.values())),
         "norm_layers": sum(v.weight is not None for v in lora.vectors.values()),
         "biases": sum(v.weight is None for v in lora.vectors.values()),
@@ -325,10 +325,10 @@ def _parent(lora: Lora, label: str, alone: int, norm: float, even: float) -> dic
         "need_the_model": len(lora.dense),
         "ranks": lora.ranks,
         "dtype": lora.dtype,
-        "norm": _brief(lora.norm()) if lora.deltas else None,
-        "norm_shared": _brief(norm) if norm else None,
-        "suggested_strength": _brief(even) if norm else None,
-        "norms_by_block": {block: _brief(norm) for block, norm in analysis.norms_by_block(lora).items()},
+        "norm": brief(lora.norm()) if lora.deltas else None,
+        "norm_shared": brief(norm) if norm else None,
+        "suggested_strength": brief(even) if norm else None,
+        "norms_by_block": {block: brief(norm) for block, norm in analysis.norms_by_block(lora).items()},
     }
 
 
@@ -355,10 +355,10 @@ def _pair_view(labels: list[str], layers: Mapping[str, Overlap]) -> dict:
 def _overlap_view(overlap: Overlap) -> dict:
     return {
         "columns": overlap.columns,
-        "column_cosine": _brief(overlap.column_cosine),
-        "interference": _brief(overlap.interference),
-        "cosine": _brief(overlap.cosine),
-        "norms": [_brief(overlap.energy_c**0.5), _brief(overlap.energy_s**0.5)],
+        "column_cosine": brief(overlap.column_cosine),
+        "interference": brief(overlap.interference),
+        "cosine": brief(overlap.cosine),
+        "norms": [brief(overlap.energy_c**0.5), brief(overlap.energy_s**0.5)],
     }
 
 
@@ -380,8 +380,8 @@ def _share_view(sparsity: Sparsity | None) -> dict | None:
     if sparsity is None:
         return None
     return {
-        "columns": {f"{e:.0%}": _brief(s) for e, s in zip(analysis.COLUMN_ENERGIES, sparsity.columns)},
-        "elements": {f"{e:.0%}": _brief(s) for e, s in zip(analysis.ELEMENT_ENERGIES, sparsity.elements)},
+        "columns": {f"{e:.0%}": brief(s) for e, s in zip(analysis.COLUMN_ENERGIES, sparsity.columns)},
+        "elements": {f"{e:.0%}": brief(s) for e, s in zip(analysis.ELEMENT_ENERGIES, sparsity.elements)},
         "rows_counted": sparsity.rows,
         "rows": sparsity.out,
     }
@@ -401,7 +401,7 @@ def _merges(loras: Sequence[Lora], labels: Sequence[str]) -> list[dict]:
             overlaps = analysis.weighted_overlap({key: analysis.stacked(parents, key) for key in both}, after)
         except BadInput:  # not ours, or changed by another tool
             continue
-        kept = {block: _brief(value) for block, value in overlaps.items()}
+        kept = {block: brief(value) for block, value in overlaps.items()}
         found.append({"of": label, "from": [labels[i] for i in own], "weighted_overlap": kept})
     return found
 
@@ -515,7 +515,7 @@ def _span(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
-def _brief(value: float) -> float:
+def brief(value: float) -> float:
     """Six digits are more than fp16 factors have."""
     return float(f"{value:.6g}")
 

@@ -1,15 +1,12 @@
 """A merge from start to end: preflight → calibrate → merge → check → save → publish → preview.
 
-Everything that a face (tab, API, command line) starts goes through `run`; `Job` is one run with a state to look at.
+Every merge that a face (tab, API, command line) starts goes through `run`; jobs.py is about runs with a state to look at.
 """
 
 from __future__ import annotations
 
-import json
 import time
-import traceback
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import combinations
@@ -18,8 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ziplora_lib import calibration, verdict
-from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib import calibration, history, verdict
+from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
@@ -32,7 +29,7 @@ from ziplora_lib.lora.vectors import Vectors
 from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.method import Callback, Merged, Settings
-from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, pair, refuse_unfit, report
+from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, outlines, pair, refuse_unfit, report
 from ziplora_lib.opening import opened
 from ziplora_lib.pictures import png
 from ziplora_lib.recipe import Recipe, stored
@@ -60,12 +57,14 @@ class Preflight:
 class Result:
     """A finished merge.
 
-    verdict: whether it paid, in words; pictures: (balance, picture) from subject to style, the same seed.
+    recipe: as the file keeps it; verdict: whether it paid, in words; pictures: (balance, picture) from subject to style,
+    the same seed.
     """
 
     file: str
     tag: str
     stopped: bool
+    recipe: dict
     warnings: list[str]
     losses: dict
     learned: dict
@@ -81,12 +80,16 @@ class Result:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("history", "pictures")}
 
 
-def preflight(recipe: Recipe, host: Host) -> Preflight:
-    """Everything that can be refused before any work; raises BadInput that says what, where and what to do."""
+def preflight(recipe: Recipe, host: Host, values: bool = True) -> Preflight:
+    """Everything that can be refused before any work; raises BadInput that says what, where and what to do.
+
+    values: without them the files' headers tell alone, at once: no norms, and not what the host leaves out; and a model is
+    not waited for: where none is loaded yet, the LoRAs are only held against each other.
+    """
     destination = host.destination(writer.check_name(recipe.output))
     writer.check_free(destination, recipe.overwrite)
-    model = host.model()
-    loras = [host.open(parent.lora) for parent in recipe.parents]
+    model = host.model() if values else host.model_at_hand()
+    loras = [(host.open if values else host.glance)(parent.lora) for parent in recipe.parents]
     for i, k in combinations(range(len(loras)), 2):
         if loras[i].hash == loras[k].hash and not recipe.allow_same:
             raise BadInput(
@@ -96,6 +99,12 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
             )
     if destination.exists() and any(lora.path.resolve() == destination.resolve() for lora in loras):
         raise BadInput(f"the output {destination.name} is one of the LoRAs that go in", remedy="Choose another name")
+    every_key = [key for lora in loras for key in (*lora.layers, *lora.vectors)]
+    slots = host.slots(every_key) if model else {}
+    shapes = {key: slot.shape for key, slot in slots.items()} if model else outlines(loras)
+    fits = (model.name, model.base) if model else next(((x.name, x.base) for x in loras if x.base != "unknown"), None)
+    for lora in loras if fits else ():
+        refuse_unfit(lora, shapes, *fits)
     if recipe.method in NEEDS_MODEL:
         for parent, title, lora in zip(recipe.parents, recipe.titles, loras):
             if not parent.prompt.strip():
@@ -105,12 +114,8 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
                     remedy="Write the prompt it was trained with, trigger word included",
                 )
             calibration.references(parent.reference, 64)
-    slots = host.slots([key for lora in loras for key in (*lora.layers, *lora.vectors)])
-    shapes = {key: slot.shape for key, slot in slots.items()}
-    for lora in loras:
-        refuse_unfit(lora, shapes, model.name, model.base)
     learn_text = recipe.text_encoders == "learn"
-    if learn_text and model.moves:
+    if learn_text and model and model.moves:
         raise BadInput(
             "the text encoders cannot be learned while the model's parts are moved to and fro (--medvram)",
             remedy="Set text_encoders to sum, or start the WebUI without --medvram",
@@ -126,23 +131,24 @@ def preflight(recipe: Recipe, host: Host) -> Preflight:
     )
     _, clashing = embedding_tensors(loras)
     details["warnings"] += [f"two LoRAs bring an embedding {name!r}; the first one's is kept" for name in clashing]
-    if only_factors:
+    if only_factors and fits:
         for lora in loras:
             for key in lora.layers:
-                keys.spelled(key, model.base, recipe.layer_names)  # refuses what has no such name
+                keys.spelled(key, fits[1], recipe.layer_names)  # refuses what has no such name
         details["warnings"].append(f"with {recipe.layer_names} layer names the WebUI cannot read the file")
-    for lora in loras:
+    for lora in loras if values else ():
         details["warnings"] += _left_out(lora, [key for key in host.unapplied(lora) if key in shapes])
     for i, (parent, lora) in enumerate(zip(details["parents"], loras)):
         parent["role"], parent["title"] = recipe.parents[i].role, recipe.titles[i]
         parent["trigger"], parent["trigger_from"] = trigger_words(lora)
-        details["warnings"] += trained_elsewhere(lora, model.name, model.prediction)
-    if model.base == "sd1" and recipe.resolution > LARGEST_SD1:
+        if model:
+            details["warnings"] += trained_elsewhere(lora, model.name, model.prediction)
+    if fits and fits[1] == "sd1" and recipe.resolution > LARGEST_SD1:
         details["warnings"].append(
             f"SD 1.5 doubles what it shows in pictures above {LARGEST_SD1} pixels, and these have {recipe.resolution}; "
             "a resolution of 512 suits it better"
         )
-    details["model"] = asdict(model)
+    details["model"] = asdict(model) if model else None
     details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
     return Preflight(loras, slots, destination, details)
 
@@ -205,7 +211,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
     phase_done("preflight")
     warnings = list(ready.report["warnings"])
     # the session first: it takes out what the last generation's LoRAs had brought
-    with host.session(recipe), host.embeddings(ready.loras):
+    with host.session(recipe.checkpointing), host.embeddings(ready.loras):
         pairing, strengths, said = prepare(recipe, ready, host, callback)
         warnings += said
         phase_done("open")
@@ -222,12 +228,16 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         if loss is not None and loss.worst > 1e-5:
             before = "; the errors are those from before the cut" if "error" in merged.summary else ""
             warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}{before}")
-        saved = _save(recipe, ready, merged, stacks, pairing.vectors, strengths, warnings)
+        kept = stored(recipe, [lora.name for lora in ready.loras], strengths)
+        saved = _save(recipe, ready, merged, stacks, pairing.vectors, kept, warnings)
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
         phase_done("save")
         with attach(ready.slots, stacks, pairing.vectors) as router:
-            pictures = [] if merged.stopped else _pictures(recipe, host, router, ready.destination, callback, warnings)
+            pictures = []
+            if not merged.stopped:
+                texts = partial(_texts, recipe, host, tag, saved["sha256"], kept)
+                pictures = _pictures(recipe, host, router, ready.destination, texts, callback, warnings)
         phase_done("preview")
     last = merged.history[-1] if merged.history else {}
     errors, summed = (merged.summary.get(name, []) for name in ("error", "error_plain_sum"))
@@ -235,6 +245,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         file=str(ready.destination),
         tag=tag,
         stopped=merged.stopped,
+        recipe=kept,
         warnings=warnings,
         losses={k: last[k] for k in ("step", "loss", "errors", "penalty", "mean_m", "retained") if k in last},
         learned=merged.summary,
@@ -271,17 +282,16 @@ def _save(
     merged: Merged,
     stacks: dict[str, Stack],
     vectors: dict[str, Vectors],
-    strengths: Sequence[float],
+    kept: dict,
     warnings: list[str],
 ) -> dict:
-    parents = [f"{p.role}: {p.lora} (prompt: {p.prompt})" for p in recipe.parents]
-    notes = "Merged by ZipLoRA from " + ", ".join(parents) + ". Recipe in the file's metadata (ziplora.recipe)."
+    notes = f"Merged by ZipLoRA: {history.in_words(kept)}. The whole recipe is in the file's metadata (ziplora.recipe)."
     model = ready.report["model"]
     metadata = merged_metadata(
         ready.destination.stem,
         ready.loras,
         {key: stack.ranks for key, stack in stacks.items()},
-        stored(recipe, [lora.name for lora in ready.loras], strengths),
+        kept,
         merged.summary,
         model["base"],
         model["prediction"],
@@ -302,8 +312,20 @@ def _save(
     return saved
 
 
+def _texts(recipe: Recipe, host: Host, tag: str, sha256: str, kept: dict, point: float) -> dict[str, str]:
+    """What a picture of the merged LoRA at this balance carries."""
+    settings = (recipe.seed, recipe.picture_size, recipe.sampler_steps, recipe.guidance)
+    return history.texts(kept, host.infotext(f"{recipe.picture_prompt} {tag}", *settings), tag, sha256, point)
+
+
 def _pictures(
-    recipe: Recipe, host: Host, router: Router, destination: Path, callback: Callback, warnings: list[str]
+    recipe: Recipe,
+    host: Host,
+    router: Router,
+    destination: Path,
+    texts: Callable[[float], dict[str, str]],
+    callback: Callback,
+    warnings: list[str],
 ) -> list[tuple[float, Image.Image]]:
     """The strip along the balance; its middle is the preview beside the file. What fails here costs no merge."""
     pictures = []
@@ -314,9 +336,10 @@ def _pictures(
                 raise Stopped
             router.merged(weights=balance.weights(point, [p.role for p in recipe.parents]))
             latent = host.sample(
-                recipe.picture_prompt, recipe.seed, recipe.resolution, recipe.sampler_steps, recipe.guidance
+                recipe.picture_prompt, recipe.seed, recipe.picture_size, recipe.sampler_steps, recipe.guidance
             )
             picture = host.decode(latent)
+            picture.info = texts(point)
             pictures.append((point, picture))
             if point == 0:
                 writer.write_beside(destination, ".png", png(picture))
@@ -349,75 +372,3 @@ def split_merged(host: Host, name: str, outputs: Sequence[str], overwrite: bool 
     with host.exclusive("ziplora split"):
         halves = split(host.peek(name).path, destinations, overwrite)
         return [{"file": str(path), "tag": host.publish(path), **saved} for path, saved in zip(destinations, halves)]
-
-
-class Job:
-    """One run with a state: queued, running, done, stopped or failed. Safe to look at from another thread."""
-
-    def __init__(self, recipe: Recipe):
-        self.id = uuid.uuid4().hex[:12]
-        self.recipe = recipe
-        self.state = "queued"
-        self.progress: dict = {}
-        self.result: Result | None = None
-        self.error: str | None = None
-        self.bad_input = False
-        self._stop = False
-        self._phase_began = 0.0
-
-    def stop(self) -> None:
-        """Asks the run to stop at its next step and keep the best so far."""
-        self._stop = True
-
-    def run(self, host: Host, callback: Callback = lambda _: None) -> None:
-        """Runs to one of the end states; never raises for what went wrong in the merge, but keeps it in `error`."""
-        self.state = "running"
-
-        def watch(info: dict) -> bool:
-            if info.get("phase") != self.progress.get("phase"):
-                self._phase_began = time.monotonic()
-            self.progress = info
-            return bool(callback(info)) or self._stop
-
-        try:
-            if self._stop:
-                raise Stopped
-            self.result = run(self.recipe, host, watch)
-            self.state = "stopped" if self.result.stopped else "done"
-        except Stopped:
-            self.state, self.error = "stopped", "stopped before anything was learned; nothing was saved"
-        except (BadInput, MergeFailed) as error:
-            self.state, self.error, self.bad_input = "failed", str(error), isinstance(error, BadInput)
-        except Exception as error:
-            traceback.print_exc()
-            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
-
-    def eta(self) -> float | None:
-        """Seconds left in this phase, by its pace so far."""
-        step, steps = self.progress.get("step", 0), self.progress.get("steps", 0)
-        if self.state != "running" or not step or not steps:
-            return None
-        return round((time.monotonic() - self._phase_began) / step * (steps - step), 1)
-
-    def public(self) -> dict:
-        """As JSON, for GET /ziplora/v1/jobs/{id}."""
-        keys = ("phase", "step", "steps", "loss", "errors", "penalty", "mean_m", "retained")
-        view = {"job": self.id, "state": self.state, **{k: self.progress[k] for k in keys if k in self.progress}}
-        view["eta"] = self.eta()
-        if self.result is not None:
-            view["result"] = json.loads(json.dumps(self.result.public()))
-        if self.error is not None:
-            view["error"] = self.error
-        return view
-
-
-# ended jobs that can still be asked about
-KEPT_JOBS = 100
-
-
-def remember(jobs: dict[str, Job], job: Job) -> None:
-    """Adds a job; the oldest ended ones are forgotten."""
-    jobs[job.id] = job
-    ended = [key for key, j in jobs.items() if j.state not in ("queued", "running")]
-    for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
-        del jobs[key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Literal, Optional
 
 try:  # pydantic 2 keeps version 1's interface here; the WebUI ships pydantic 1, its forks 2
@@ -16,6 +15,7 @@ except ImportError:
 from ziplora_lib.errors import BadInput
 from ziplora_lib.merge import METHODS, SAID
 from ziplora_lib.merge.objective import OBJECTIVES
+from ziplora_lib.naming import lora_name
 
 
 def _whole_characters(text: str) -> str:
@@ -43,7 +43,7 @@ class Parent(BaseModel, extra=Extra.forbid):
     @property
     def name(self) -> str:
         """The LoRA's name, also where `lora` is a path."""
-        return PurePath(self.lora).name.removesuffix(".safetensors")
+        return lora_name(self.lora)
 
 
 class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
@@ -146,6 +146,9 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         le=9,
         description="pictures along the balance subject … style after the merge; 1 makes the preview only",
     )
+    preview_size: int = Field(
+        0, ge=0, le=2048, description="side of the pictures after the merge in pixels; 0: as the calibration pictures"
+    )
     preview_prompt: str = Field("", max_length=2000, description="prompt of the preview; all parents' if empty")
 
     _preview_prompt_is_text = validator("preview_prompt", allow_reuse=True)(_whole_characters)
@@ -154,7 +157,7 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     def _subjects_first(cls, parents: list[Parent]) -> list[Parent]:  # noqa: N805
         return sorted(parents, key=lambda p: p.role != "subject")
 
-    @validator("resolution")
+    @validator("resolution", "preview_size")
     def _multiple_of_64(cls, resolution: int) -> int:  # noqa: N805
         if resolution % 64:
             raise ValueError("must be a multiple of 64")
@@ -198,6 +201,11 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         """The share of a layer's squared norm that a cut of its rank has to keep."""
         asked = [self.keep_energy, None if self.keep_norm is None else self.keep_norm**2]
         return max((share for share in asked if share is not None), default=1.0)
+
+    @property
+    def picture_size(self) -> int:
+        """The side of preview pictures in pixels."""
+        return self.preview_size or self.resolution
 
     @property
     def picture_prompt(self) -> str:

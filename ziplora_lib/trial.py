@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ziplora_lib.__main__ import summary
-from ziplora_lib.comparison import comparison, row_labels
+from ziplora_lib.comparison import comparison
 from ziplora_lib.hosts import world
 from ziplora_lib.hosts.diffusers import DiffusersHost
 from ziplora_lib.hosts.samples import JOINT_PROMPT, STYLE_PROMPT, SUBJECT_PROMPT, write_samples
@@ -53,12 +53,12 @@ def main(folder: Path) -> None:
     print(f"zipping them: {recipe.steps} steps …", flush=True)
     result = run(recipe, host)
     print("drawing the strip …", flush=True)
-    rows = comparison(recipe, Path(result.file), host, SEEDS)
+    sheet = comparison(recipe, Path(result.file), host, SEEDS)
     # the miniature's pictures are small, of dots that stay sharp
     side = 2 * world.SIDE
-    rows = [[picture.resize((side, side), Image.Resampling.NEAREST) for picture in row] for row in rows]
-    strip(rows, row_labels(recipe), [f"seed {s}" for s in SEEDS]).save(folder / "strip.png")
-    report = {**result.public(), "history": result.history, "recipe": json.loads(recipe.json())}
+    rows = [[picture.resize((side, side), Image.Resampling.NEAREST) for picture in row] for row in sheet.rows]
+    strip(rows, sheet.row_labels, sheet.column_labels).save(folder / "strip.png")
+    report = {**result.public(), "history": result.history}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(summary(result))
     print(f"look at {folder / 'strip.png'} and {folder / 'report.json'}  ({time.monotonic() - started:.0f} s)")

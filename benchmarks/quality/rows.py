@@ -100,7 +100,7 @@ def opened(
     fields = fields_of(chosen, regime, seed, strengths)
     recipe = parse(fields)
     ready = job.preflight(recipe, host)
-    with host.session(recipe):
+    with host.session(recipe.checkpointing):
         pairing, *_ = job.prepare(recipe, ready, host, lambda _: None)
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
             judging = parse({**fields, "loss_guidance": 1.0, "samples": 16, "seed": 99})

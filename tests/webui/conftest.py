@@ -75,8 +75,9 @@ def pytest_collection_modifyitems(items):
     if WEBUI_DIR:
         return
     for item in items:
+        alone = getattr(item, "callspec", None) and item.callspec.params.get("site") == "headless"
         # this hook is handed every test of the session, not only those beside this file
-        if HERE in item.path.parents:
+        if HERE in item.path.parents and not alone:
             item.add_marker(pytest.mark.skip(reason=f"{NO_WEBUI} ({WHY_NOT}); set WEBUI_DIR"))
 
 
@@ -248,10 +249,16 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def running_webui(data_dir: Path, checkpoint: Path, flags=(), options=None, base: str = "sdxl"):
-    """A WebUI in `data_dir` (made here) with a checkpoint of that base, for as long as the block lasts."""
+def running_webui(
+    data_dir: Path, checkpoint: Path, flags=(), options=None, base: str = "sdxl", before=lambda data_dir: None
+):
+    """A WebUI in `data_dir` (made here) with a checkpoint of that base, for as long as the block lasts.
+
+    before(data_dir): what is to be done there first.
+    """
     token, port, flags = secrets.token_hex(8), _free_port(), [str(flag) for flag in flags]
     _prepare(data_dir, checkpoint, options or {}, token)
+    before(data_dir)
     auth = None
     if "--api-auth" in flags:
         user, _, password = flags[flags.index("--api-auth") + 1].split(",")[0].partition(":")
@@ -292,8 +299,8 @@ def sgm_checkpoint(tmp_path_factory) -> Path:
 def start_webui(tmp_path_factory, sgm_checkpoint):
     """For tests that need one of their own: `with start_webui(flags=[...], options={...}) as webui:`."""
 
-    def start(flags=(), options=None):
-        return running_webui(tmp_path_factory.mktemp("webui"), sgm_checkpoint, flags, options)
+    def start(flags=(), options=None, before=lambda data_dir: None):
+        return running_webui(tmp_path_factory.mktemp("webui"), sgm_checkpoint, flags, options, before=before)
 
     return start
 
@@ -357,16 +364,117 @@ def browser():
         chromium.close()
 
 
+# --- the tab, in a WebUI and without one ---------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    """A page with the tab. side: of the pictures that its miniature is asked for, in pixels."""
+
+    kind: str
+    url: str
+    folder: Path
+    side: int
+    webui: WebUI | None = None
+
+
+@pytest.fixture(scope="session")
+def headless(tmp_path_factory) -> Site:
+    """`python -m ziplora_lib tab`, on the miniature."""
+    pytest.importorskip("gradio")
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("headless")
+    log = (folder.parent / "headless.log").open("wb")
+    command = [sys.executable, "-m", "ziplora_lib", "tab", "--folder", str(folder), "--port", str(_free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        began = time.monotonic()
+        while "the ZipLoRA tab is at" not in (said := Path(log.name).read_text("utf-8", "replace")):
+            assert process.poll() is None, said
+            assert time.monotonic() - began < START_TIMEOUT, said
+            time.sleep(0.2)
+        yield Site("headless", said.rpartition("the ZipLoRA tab is at ")[2].split()[0].rstrip("/"), folder, 64)
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.fixture(scope="session", params=["headless", "webui"])
+def site(request) -> Site:
+    """Both places where the tab is; the WebUI one only where a WebUI is found."""
+    if request.param == "headless":
+        return request.getfixturevalue("headless")
+    webui = request.getfixturevalue("webui")
+    return Site("webui", webui.url, webui.lora_dir, 256, webui)
+
+
+def opened(browser, url: str, **options):
+    """A page of a browser context of its own; `page.problems` gathers its JavaScript errors."""
+    context = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **options})
+    # fonts and the like from elsewhere: not there on a machine without a network, so never
+    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(url) else route.abort())
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.goto(url)
+    page.wait_for_selector("#ziplora_zip, #txt2img_prompt textarea", state="attached", timeout=60_000)
+    return page
+
+
 @pytest.fixture
 def page(browser, webui):
-    """The WebUI's own page, loaded; `page.problems` gathers the page's JavaScript errors."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    # fonts and the like from elsewhere: not there on a machine without a network, so never
-    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(webui.url) else route.abort())
-    tab = context.new_page()
-    tab.problems = []
-    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-    tab.goto(webui.url)
-    tab.wait_for_selector("#txt2img_prompt textarea", timeout=60_000)
-    yield tab
-    context.close()
+    """The WebUI's own page, loaded."""
+    page = opened(browser, webui.url)
+    page.wait_for_selector("#txt2img_prompt textarea", timeout=60_000)
+    yield page
+    page.context.close()
+
+
+@pytest.fixture
+def tab(browser, site, loras):
+    """The tab in a page of its own, on each site."""
+    from pages import Tab
+
+    page = opened(browser, site.url)
+    yield Tab(page)
+    for job in requests.get(f"{site.url}/ziplora/v1/jobs", timeout=30).json():  # of a test that failed
+        requests.post(f"{site.url}/ziplora/v1/jobs/{job['job']}/stop", timeout=30)
+    problems = page.problems
+    page.context.close()
+    assert problems == []
+
+
+MARKUP = "<img src=x onerror='window.hacked = 1'>"
+TRIGGER, TAG = "a photo of sks fox", "an engraving"
+
+
+@pytest.fixture(scope="session")
+def loras(site) -> Path:
+    """A subject whose card names its trigger, a style whose training tags do, one that says nothing, and one of SD 1.5."""
+    from kohya_files import write_lora
+
+    from ziplora_lib.hosts.miniature import build_miniature, build_miniature_sd1
+
+    pipe, folder = build_miniature(), site.folder
+    (folder / "of others").mkdir(exist_ok=True)
+    tags = json.dumps({"1_engraving": {TAG: 9, "ink": 2}})
+    write_lora(folder / "tab-subject.safetensors", pipe, seed=11, rank=8, alpha=8.0, only="attn")
+    write_lora(folder / "tab-style.safetensors", pipe, seed=12, rank=4, alpha=8.0, only="unet", ss_tag_frequency=tags)
+    write_lora(folder / "of others/tab-silent.safetensors", pipe, seed=13, rank=2, alpha=2.0, only="attn")
+    write_lora(folder / "tab-old.safetensors", build_miniature_sd1(), seed=15, rank=2, alpha=2.0, only="attn")
+    evil = json.dumps({"1": {MARKUP: 1}})
+    write_lora(folder / "tab-evil.safetensors", pipe, seed=14, rank=2, alpha=2.0, only="attn", ss_tag_frequency=evil)
+    (folder / "tab-broken.safetensors").write_bytes(b"not a LoRA")
+    (folder / "tab-subject.json").write_text(json.dumps({"activation text": TRIGGER}), encoding="utf-8")
+    Image.new("RGB", (64, 64), "orange").save(folder / "tab-subject.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def screenshots(site) -> Path:
+    """Where pages are kept as pictures, to be looked at."""
+    folder = ROOT / "tests/screenshots" / site.kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

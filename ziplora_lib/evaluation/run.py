@@ -142,7 +142,7 @@ def evaluated(
 
     ready = preflight(plain, host)
     own = {}
-    with host.session(plain), host.embeddings(ready.loras):
+    with host.session(), host.embeddings(ready.loras):
         pairing, _, warnings = prepare(plain, ready, host, lambda _: None)
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
             for i, (role, prompt) in enumerate((("subject", pair.subject_prompt), ("style", pair.style_prompt))):
@@ -160,7 +160,7 @@ def evaluated(
         merged[method] = {"learned": result.learned, "warnings": result.warnings}
     for row, file in files.items():
         lora = read(Path(file))
-        with host.session(plain), host.embeddings([lora]), attached(lora, host):
+        with host.session(), host.embeddings([lora]), attached(lora, host):
             rows[row], thumbnails[row] = draw(row, pair.prompts)
         merged[row] = {"file": lora.path.name, "sha256": lora.hash, **merged.get(row, {})}
     thresholds = judged(rows, {role: [p[role] for p in own[role]] for role in own}, plan.shares)

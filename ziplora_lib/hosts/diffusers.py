@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -16,15 +19,28 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.hosts.host import Model
+from ziplora_lib.hosts.host import Entry, Model, entries
 from ziplora_lib.hosts.miniature import MINIATURES
+from ziplora_lib.infotext import infotext
 from ziplora_lib.lora.keys import layer_key
-from ziplora_lib.lora.reader import Lora, peek, read
+from ziplora_lib.lora.reader import Lora, glance, peek, read
 from ziplora_lib.merge.attach import Slot
-from ziplora_lib.recipe import Recipe
+from ziplora_lib.options import OPTIONS
 
 # of a pipeline, what LoRAs adapt; SD 1.5 and SD 2.x have one text encoder
 ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+
+# what the WebUI calls diffusers' schedulers
+SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
 
 
 class DiffusersHost:
@@ -39,23 +55,47 @@ class DiffusersHost:
         self.pipe.set_progress_bar_config(disable=True)
         self.base = base_of(self.pipe)
         self.adapted = {name: getattr(self.pipe, name) for name in ADAPTED if hasattr(self.pipe, name)}
+        self._mine = threading.RLock()
+        self._latent: tuple[int, Tensor | None] = (0, None)
         # training's noise schedule, whatever the sampler makes of it
         self.alphas = self.pipe.scheduler.alphas_cumprod.clone()
 
     def loras(self) -> list[str]:
-        return sorted(str(path) for path in self.folder.glob("*.safetensors"))
+        return [entry.name for entry in self.listing()]
+
+    def listing(self) -> list[Entry]:
+        found = {path.stem: path for path in sorted(self.folder.rglob("*.safetensors"), reverse=True)}
+        return entries(list(found.items()), self.folder, lambda picture: f"file={quote(str(picture.resolve()))}")
+
+    def refresh(self) -> None:
+        """Nothing is kept of the folder."""
+
+    def option(self, name: str) -> Any:
+        return OPTIONS[name].default
 
     def open(self, name: str) -> Lora:
-        return read(Path(name))
+        return read(self._path(name))
+
+    def glance(self, name: str) -> Lora:
+        return glance(self._path(name))
 
     def peek(self, name: str) -> Lora:
-        return peek(Path(name))
+        return peek(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        """The file of a path, or of a name in the folder."""
+        if name.endswith(".safetensors") or Path(name).is_file():
+            return Path(name)
+        return next((entry.path for entry in self.listing() if entry.name == name), Path(name))
 
     def unapplied(self, lora: Lora) -> list[str]:
         return [key for key, layer in lora.dense.items() if "oft_diag" in layer.parts]  # LyCORIS' old form
 
     def destination(self, output: str) -> Path:
         return self.folder / f"{output}.safetensors"
+
+    def missing(self) -> str:
+        return ""
 
     def model(self) -> Model:
         prediction = self.pipe.scheduler.config.prediction_type
@@ -66,6 +106,9 @@ class DiffusersHost:
             str(self.pipe.unet.dtype).removeprefix("torch."),
             "v" if prediction.startswith("v") else prediction,
         )
+
+    def model_at_hand(self) -> Model | None:
+        return self.model()
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         known = {}
@@ -135,10 +178,13 @@ class DiffusersHost:
                 restore()
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self._mine
+
+    def progress(self, info: dict) -> bool:
+        return False
 
     @contextmanager
-    def session(self, recipe: Recipe) -> Iterator[None]:
+    def session(self, checkpointing: bool = False) -> Iterator[None]:
         roots = [*self.adapted.values(), self.pipe.vae]
         flags = [(p, p.requires_grad) for root in roots for p in root.parameters()]
         modes = [(module, module.training) for root in roots for module in root.modules()]
@@ -146,7 +192,7 @@ class DiffusersHost:
         try:
             for root in roots:
                 root.requires_grad_(False).eval()
-            if recipe.checkpointing:
+            if checkpointing:
                 self.pipe.unet.enable_gradient_checkpointing()
             yield
         finally:
@@ -182,7 +228,33 @@ class DiffusersHost:
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
+            callback_on_step_end=self._look,
+            callback_on_step_end_tensor_inputs=["latents"],
         ).images
+
+    def _look(self, _pipe, step: int, _t, tensors: dict) -> dict:
+        """Keeps what a sampler has so far, for `live_preview`."""
+        self._latent = (self._latent[0] + 1, tensors["latents"].detach().clone())
+        return {}
+
+    def live_preview(self) -> tuple[int, Image.Image | None]:
+        """The picture that is being made, small, and its number; None before the first."""
+        number, latent = self._latent
+        return number, None if latent is None else self.decode(latent[:1])
+
+    def infotext(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> str:
+        scheduler = self.pipe.scheduler
+        name = type(scheduler).__name__
+        settings = {
+            "Steps": steps,
+            "Sampler": SAMPLERS.get(name, name.removesuffix("Scheduler")),
+            "Schedule type": "Karras" if scheduler.config.get("use_karras_sigmas") else "Automatic",
+            "CFG scale": guidance,
+            "Seed": seed,
+            "Size": f"{resolution}x{resolution}",
+            "Model": PurePath(self.name).name.removesuffix(".safetensors"),
+        }
+        return infotext(prompt, settings)
 
     @torch.no_grad()
     def encode_picture(self, picture: Image.Image) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge.attach import Slot
-from ziplora_lib.recipe import Recipe
 
 # A prompt, encoded: opaque to all but its host.
 Cond = Any
@@ -34,14 +34,75 @@ class Model:
     moves: bool = False
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A LoRA as the host lists it. folder: below the LoRA folder, "" for itself; preview: its picture's URL, "" for none."""
+
+    name: str
+    path: Path
+    folder: str = ""
+    preview: str = ""
+
+
+# endings of pictures that stand beside a LoRA, the likeliest first: NAME.png, NAME.preview.png
+PREVIEWS = tuple(f"{mark}.{kind}" for kind in ("png", "jpg", "jpeg", "webp", "gif") for mark in ("", ".preview"))
+
+
+def entries(found: Sequence[tuple[str, Path]], root: Path, url: Callable[[Path], str]) -> list[Entry]:
+    """LoRAs as (name, file) -> how they are listed, by name; each folder is looked into once."""
+    inside: dict[Path, set[str]] = {}
+    listed = []
+    for name, path in found:
+        folder = path.parent
+        if folder not in inside:
+            inside[folder] = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+        picture = next((path.stem + ending for ending in PREVIEWS if path.stem + ending in inside[folder]), None)
+        below = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+        listed.append(Entry(name, path, "" if below == "." else below, url(folder / picture) if picture else ""))
+    return sorted(listed, key=lambda entry: entry.name.lower())
+
+
+# how much of the progress bar each phase takes: (from, to)
+PHASES = {
+    "preflight": (0.0, 0.01),
+    "open": (0.01, 0.05),
+    "measure": (0.05, 1),
+    "calibrate": (0.05, 0.35),
+    "warm start": (0.35, 0.4),
+    "merge": (0.4, 0.9),
+    "save": (0.9, 0.9),
+    "preview": (0.9, 1),
+    # several merges as one job: its steps are those of all of them
+    "many": (0.0, 1.0),
+}
+
+
+def share(info: dict) -> float:
+    """How far a job is, from 0 to 1, by what its callback says of phase and step."""
+    begin, end = PHASES[info["phase"]]
+    return begin + (end - begin) * info.get("step", 0) / max(info.get("steps", 1), 1)
+
+
 class Host(Protocol):
     """A model, and the LoRAs that it can be given. Levels t run from 0 (clean) to 999 (noise), as in training."""
 
     def loras(self) -> list[str]:
         """The names that `open` takes."""
 
+    def listing(self) -> list[Entry]:
+        """The same with folder and picture."""
+
+    def refresh(self) -> None:
+        """Looks for LoRA files again."""
+
+    def option(self, name: str) -> Any:
+        """A setting of the user's: see options.py."""
+
     def open(self, name: str) -> Lora:
         """Reads a LoRA. Raises BadInput if there is none of that name, or the file cannot be read."""
+
+    def glance(self, name: str) -> Lora:
+        """As `open`, but by its header alone: see `reader.glance`."""
 
     def peek(self, name: str) -> Lora:
         """As `open`, but without the layers: metadata and card only, at once."""
@@ -52,8 +113,14 @@ class Host(Protocol):
     def destination(self, output: str) -> Path:
         """Where a LoRA of this name is saved. Raises BadInput for a name that cannot be one."""
 
+    def missing(self) -> str:
+        """What keeps a merge from ever working here, and what to do; "" for nothing."""
+
     def model(self) -> Model:
         """Raises BadInput if no model that can be worked with is loaded, with what to change."""
+
+    def model_at_hand(self) -> Model | None:
+        """The same without waiting: None where no model is loaded yet."""
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         """The live modules of those layer keys that the model has."""
@@ -68,10 +135,16 @@ class Host(Protocol):
         """The LoRAs' bundled embeddings, known to `encode` and `sample` meanwhile."""
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
-        """The host to ourselves: waits for its other work, and that for us."""
+        """The host to ourselves: waits for its other work, and that for us. name: a progress bar's task."""
 
-    def session(self, recipe: Recipe) -> AbstractContextManager[None]:
-        """Base model bare, in eval mode, without gradients for its weights; exit restores all that was found."""
+    def progress(self, info: dict) -> bool:
+        """Shows a job's step on the host's own progress bar, if it has one; true if its own interrupt was asked for."""
+
+    def session(self, checkpointing: bool = False) -> AbstractContextManager[None]:
+        """Base model bare, in eval mode, without gradients for its weights; exit restores all that was found.
+
+        checkpointing: a backward computes each block again instead of keeping what is in it.
+        """
 
     def encode(self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False) -> Cond:
         """Encodes a prompt with the text encoders as they now are. negative: as the sampler's negative prompt.
@@ -81,6 +154,9 @@ class Host(Protocol):
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
         """A picture's latent, (1, 4, h, w), from the host's own sampler. Raises Stopped if the host broke it off."""
+
+    def infotext(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> str:
+        """What the WebUI would write into the picture that `sample` makes of the same: see infotext.py."""
 
     def encode_picture(self, picture: Image.Image) -> Tensor:
         """A picture's latent, (1, 4, h, w)."""

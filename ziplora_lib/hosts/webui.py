@@ -10,7 +10,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -19,12 +22,14 @@ from modules import (
     devices,
     extra_networks,
     processing,
+    progress,
     prompt_parser,
     rng,
     sd_hijack,
     sd_models,
     sd_samplers_common,
     sd_unet,
+    sd_vae,
     shared,
 )
 from PIL import Image
@@ -32,26 +37,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ziplora_lib.errors import BadInput, Stopped
-from ziplora_lib.hosts.host import Model
-from ziplora_lib.lora.reader import Lora, peek, read
+from ziplora_lib.hosts.host import Entry, Model, entries, share
+from ziplora_lib.lora.reader import Lora, glance, peek, read
 from ziplora_lib.merge.attach import HEADS, Slot
-from ziplora_lib.recipe import Recipe
+from ziplora_lib.options import OPTIONS
 
 # the WebUI's own default, so that a preview is the picture that txt2img makes of the same prompt and seed
 SAMPLER, SCHEDULER = "DPM++ 2M", "Automatic"
 
-# how much of the progress bar each phase takes: (from, to)
-PHASES = {
-    "preflight": (0.0, 0.01),
-    "open": (0.01, 0.05),
-    "calibrate": (0.05, 0.35),
-    "warm start": (0.35, 0.4),
-    "merge": (0.4, 0.9),
-    "save": (0.9, 0.9),
-    "preview": (0.9, 1),
-}
-
 BASES = ("sd1", "sd2", "sdxl")
+
+# Forge and reForge: LoRAs are patches there, and the Lora extension knows no layers of the model
+FORGE = find_spec("modules_forge") is not None
+NOT_IN_FORGE = (
+    "this WebUI is Forge or built on it, where ZipLoRA cannot learn a merge: LoRAs are applied in another way"
+)
+INSTEAD = "Merge in AUTOMATIC1111's WebUI, or by python -m ziplora_lib zip; what was merged works here like any LoRA"
 
 # an attention of open_clip's text encoder: SDXL's second one (1_), and SD 2.x's only one
 _FUSED_ATTENTION = re.compile(r"((?:1_)?model_transformer_resblocks_\d+_attn)_(q|k|v|out)_proj")
@@ -79,12 +80,21 @@ class WebuiHost:
         listed = lora_extension().available_networks.items()
         return sorted((name for name, entry in listed if entry.is_safetensors), key=str.lower)
 
+    def listing(self) -> list[Entry]:
+        found = [(name, Path(lora_extension().available_networks[name].filename)) for name in self.loras()]
+        return entries(found, Path(shared.cmd_opts.lora_dir), _thumbnail)
+
+    def option(self, name: str) -> Any:
+        return shared.opts.data.get(f"ziplora_{name}", OPTIONS[name].default)
+
     def refresh(self) -> None:
-        """Looks for LoRA files again."""
         lora_extension().list_available_networks()
 
     def open(self, name: str) -> Lora:
         return read(self._path(name))
+
+    def glance(self, name: str) -> Lora:
+        return glance(self._path(name))
 
     def peek(self, name: str) -> Lora:
         return peek(self._path(name))
@@ -133,7 +143,14 @@ class WebuiHost:
         return sorted(left_out)
 
     def destination(self, output: str) -> Path:
-        path = Path(shared.cmd_opts.lora_dir) / f"{output}.safetensors"
+        folder = (Path(shared.cmd_opts.lora_dir) / str(self.option("folder")).strip("/\\ ")).resolve()
+        if not folder.is_relative_to(Path(shared.cmd_opts.lora_dir).resolve()):
+            raise BadInput(
+                f"the folder for new LoRAs, {self.option('folder')}, is not below the Lora folder",
+                remedy="Change it in Settings > ZipLoRA",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{output}.safetensors"
         for name, entry in lora_extension().available_networks.items():
             if name.lower() == output.lower() and Path(entry.filename).resolve() != path.resolve():
                 raise BadInput(
@@ -145,8 +162,11 @@ class WebuiHost:
     def publish(self, path: Path) -> str:
         # an overwritten file would otherwise go on with its old weights, and with prompts encoded under them
         networks = lora_extension()
-        networks.networks_in_memory.pop(path.stem, None)
-        networks.load_networks([])
+        if FORGE:
+            _forget_in_forge(networks)
+        else:
+            networks.networks_in_memory.pop(path.stem, None)
+            networks.load_networks([])
         for kind in (processing.StableDiffusionProcessing, processing.StableDiffusionProcessingTxt2Img):
             for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
                 if cache in vars(kind):
@@ -156,7 +176,12 @@ class WebuiHost:
 
     # --- the model ---------------------------------------------------------------------------------
 
+    def missing(self) -> str:
+        return f"{NOT_IN_FORGE}. {INSTEAD}." if FORGE else ""
+
     def model(self) -> Model:
+        if FORGE:
+            raise BadInput(NOT_IN_FORGE, remedy=INSTEAD)
         model = shared.sd_model
         plain = "Pick an SD 1.5, SD 2.x or SDXL checkpoint at the top left"
         if model is None or getattr(model, "model", None) is None:
@@ -185,6 +210,10 @@ class WebuiHost:
         prediction = "v" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
         moves = bool(getattr(model, "lowvram", False))
         return Model(name, base, str(devices.device), str(dtype).removeprefix("torch."), prediction, moves)
+
+    def model_at_hand(self) -> Model | None:
+        # asking for shared.sd_model loads one
+        return None if sd_models.model_data.sd_model is None and not FORGE else self.model()
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
         mapping = shared.sd_model.network_layer_mapping
@@ -231,14 +260,14 @@ class WebuiHost:
                 known.register_embedding_by_name(None, shared.sd_model, name)
 
     @contextmanager
-    def session(self, recipe: Recipe) -> Iterator[None]:
+    def session(self, checkpointing: bool = False) -> Iterator[None]:
         model = shared.sd_model
         with ExitStack() as stack:
             stack.enter_context(_bare(model))
             sd_models.apply_alpha_schedule_override(model)  # as the settings have it now, not the last generation
             stack.enter_context(_frozen(model))
             stack.enter_context(_no_hypertile(model))
-            if recipe.checkpointing:
+            if checkpointing:
                 stack.enter_context(_checkpointed(model.model.diffusion_model))
             yield
 
@@ -255,24 +284,7 @@ class WebuiHost:
         return cond if model.is_sdxl else {"crossattn": cond}
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
-        p = processing.StableDiffusionProcessingTxt2Img(
-            sd_model=shared.sd_model,
-            prompt=prompt,
-            seed=seed,
-            steps=steps,
-            cfg_scale=guidance,
-            width=resolution,
-            height=resolution,
-            sampler_name=SAMPLER,
-            scheduler=SCHEDULER,
-            do_not_save_samples=True,
-            do_not_save_grid=True,
-        )
-        # not the shared caches: they do not know of attached deltas
-        p.cached_c, p.cached_uc = [None, None], [None, None]
-        p.fill_fields_from_opts()
-        p.setup_prompts()
-        p.all_seeds, p.all_subseeds = [seed], [seed]
+        p = _txt2img(prompt, seed, resolution, steps, guidance)
         p.seeds, p.subseeds, p.prompts, p.negative_prompts = [seed], [seed], p.all_prompts, p.all_negative_prompts
         p.parse_extra_network_prompts()  # takes <lora:…> out of the text; none is activated
         with torch.no_grad(), p.sd_model.ema_scope():
@@ -289,6 +301,12 @@ class WebuiHost:
                     raise Stopped  # the sampler broke off: this is no picture
                 if not shared.state.skipped:  # Skip is for a batch of pictures; half a picture is of no use here
                     return latent
+
+    def infotext(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> str:
+        p = _txt2img(prompt, seed, resolution, steps, guidance)
+        p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
+        p.sd_vae_name, p.sd_vae_hash = sd_vae.get_loaded_vae_name(), sd_vae.get_loaded_vae_hash()
+        return processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
 
     @torch.no_grad()
     def encode_picture(self, picture: Image.Image) -> Tensor:
@@ -326,24 +344,68 @@ class WebuiHost:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """The WebUI's queue, for a job that does not come through a gradio event: waits for generations, and they for it."""
+        """The WebUI's queue: waits for generations, and they for it. The page's progress bar asks by the name."""
+        progress.add_task_to_queue(name)
         with call_queue.queue_lock:
             shared.state.begin(job=name)
+            progress.start_task(name)
             try:
                 yield
             finally:
+                progress.finish_task(name)
                 shared.state.end()
+                devices.torch_gc()
 
     def progress(self, info: dict) -> bool:
-        """Shows a job's step on the WebUI's progress bar; true if the WebUI's Interrupt was pressed."""
-        begin, end = PHASES[info["phase"]]
-        share = begin + (end - begin) * info.get("step", 0) / max(info.get("steps", 1), 1)
         # the sampler sets sampling_step itself, within one hundredth
-        shared.state.job_count, shared.state.job_no = 100, int(100 * share)
+        shared.state.job_count, shared.state.job_no = 100, int(100 * share(info))
         shared.state.sampling_step, shared.state.sampling_steps = 0, 0
         text = f"{info.get('what') or info['phase']}: step {info.get('step', 0)}/{info.get('steps', 1)}"
         shared.state.textinfo = text + (f", loss {info['loss']:.3f}" if "loss" in info else "")
         return bool(shared.state.interrupted or shared.state.stopping_generation)
+
+
+def _txt2img(
+    prompt: str, seed: int, resolution: int, steps: int, guidance: float
+) -> processing.StableDiffusionProcessingTxt2Img:
+    """One picture as the txt2img tab would ask for it."""
+    p = processing.StableDiffusionProcessingTxt2Img(
+        sd_model=shared.sd_model,
+        prompt=prompt,
+        seed=seed,
+        steps=steps,
+        cfg_scale=guidance,
+        width=resolution,
+        height=resolution,
+        sampler_name=SAMPLER,
+        scheduler=SCHEDULER,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    # not the shared caches: they do not know of attached deltas
+    p.cached_c, p.cached_uc = [None, None], [None, None]
+    p.fill_fields_from_opts()
+    p.setup_prompts()
+    p.all_seeds, p.all_subseeds = [seed], [seed]
+    return p
+
+
+def _forget_in_forge(networks) -> None:
+    """Forge keeps what it has read by the file's name, and the patched weights: an overwritten file would stay old."""
+    networks.load_lora_state_dict.cache_clear()
+    model = sd_models.model_data.sd_model
+    objects = getattr(model, "forge_objects", None)
+    if objects is None:  # no picture was made yet
+        return
+    model.current_lora_hash = None
+    for part in (objects.unet, getattr(objects.clip, "patcher", None)):
+        if loader := getattr(part, "lora_loader", None):
+            loader.loaded_hash = None
+
+
+def _thumbnail(picture: Path) -> str:
+    """Where the WebUI serves a picture beside a LoRA; the time in it renews what a browser has kept."""
+    return f"./sd_extra_networks/thumb?filename={quote(picture.as_posix())}&mtime={picture.stat().st_mtime}"
 
 
 def network_name(key: str) -> str:

@@ -19,7 +19,7 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.lora import writer
 from ziplora_lib.lora.extras import embedding_tensors, extra_tensors
 from ziplora_lib.lora.keys import LAYER_NAMES, layer_key, spelled
-from ziplora_lib.lora.metadata import half_metadata
+from ziplora_lib.lora.metadata import half_metadata, made_by
 from ziplora_lib.lora.reader import Lora, read
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
@@ -96,6 +96,23 @@ def strengths(lora: Lora, given: Mapping[str, Sequence[float]]) -> list[float]:
     return in_order(lora, spread)
 
 
+def check_strengths(lora: Lora, weights: Sequence[float]) -> None:
+    """Raises BadInput for strengths that are not one a parent of the merged LoRA, or out of range."""
+    parents = origins(lora)
+    if len(weights) != len(parents):
+        names = ", ".join(parent["name"] for parent in parents)
+        raise BadInput(
+            f"takes {len(parents)} strengths, one for each of {names}, but {len(weights)} are given",
+            file=lora.path.name,
+            remedy="Give one for each, in that order",
+        )
+    for weight in weights:
+        if not abs(weight) <= STRONGEST:
+            raise BadInput(
+                f"the strength {weight} is not between -{STRONGEST} and {STRONGEST}", remedy="1 leaves a half as it is"
+            )
+
+
 def stacks(lora: Lora) -> dict[str, Stack]:
     """A merged file's layers, split into its parents again. Raises BadInput for a LoRA that ZipLoRA did not make."""
     table, split = _recorded(lora)[1], {}
@@ -112,7 +129,7 @@ def stacks(lora: Lora) -> dict[str, Stack]:
     return split
 
 
-def _vectors(lora: Lora) -> dict[str, Vectors]:
+def vectors_of(lora: Lora) -> dict[str, Vectors]:
     """What each parent of a merged file adds to norms and biases. Raises BadInput where that is not one row a parent."""
     parents = len(origins(lora))
     for key, added in lora.vectors.items():
@@ -136,10 +153,7 @@ def _write(
 ) -> dict:
     """Writes what was made of a merged LoRA: in its dtype and spelling, with its embeddings."""
     base = "sdxl" if lora.base == "unknown" else lora.base
-    try:
-        names = json.loads(lora.metadata["ziplora.recipe"])["layer_names"]
-    except (KeyError, ValueError, TypeError, RecursionError):
-        names = ""
+    names = made_by(lora).get("layer_names")
     names = names if names in LAYER_NAMES else "kohya"
     plain, extra = extra_tensors(stacks, vectors, _bias_shapes(lora, base), partial(spelled, base=base))
     extra |= embedding_tensors([lora])[0]
@@ -160,26 +174,14 @@ def bake(source: Path, destination: Path, weights: Sequence[float], overwrite: b
     Raises BadInput for a file that is not ours, strengths that are not one a parent or out of range, and as the writer does.
     """
     lora = read(source)
-    parents = origins(lora)
-    if len(weights) != len(parents):
-        names = ", ".join(parent["name"] for parent in parents)
-        raise BadInput(
-            f"takes {len(parents)} strengths, one for each of {names}, but {len(weights)} are given",
-            file=source.name,
-            remedy="Give one for each, in that order",
-        )
-    for weight in weights:
-        if not abs(weight) <= STRONGEST:
-            raise BadInput(
-                f"the strength {weight} is not between -{STRONGEST} and {STRONGEST}", remedy="1 leaves a half as it is"
-            )
+    check_strengths(lora, weights)
     writer.check_name(destination.stem)
     writer.check_free(destination, overwrite)
     scaled = {
         key: replace(stack, up=stack.up * stack.per_rank(torch.tensor(weights, dtype=torch.float32)))
         for key, stack in stacks(lora).items()
     }
-    vectors = {key: added.scaled(weights) for key, added in _vectors(lora).items()}
+    vectors = {key: added.scaled(weights) for key, added in vectors_of(lora).items()}
     name = destination.stem
     try:
         before = [float(w) for w in json.loads(lora.metadata["ziplora.strengths"])]
@@ -221,7 +223,7 @@ def split(source: Path, destinations: Sequence[Path], overwrite: bool = False) -
     for path in destinations:
         writer.check_name(path.stem)
         writer.check_free(path, overwrite)
-    whole, vectors, halves, written = stacks(lora), _vectors(lora), [], []
+    whole, vectors, halves, written = stacks(lora), vectors_of(lora), [], []
     for i, parent in enumerate(parents):
         half = {key: Stack.of([stack.part(i)]) for key, stack in whole.items() if stack.ranks[i]}
         own = {key: row for key, added in vectors.items() if (row := added.row(i)) is not None}

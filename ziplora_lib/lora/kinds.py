@@ -198,5 +198,6 @@ def _either(whole: Tensor | None, a: Tensor | None, b: Tensor | None, t: Tensor 
     whole = whole.float()
     out, columns = whole.shape[0], math.prod(whole.shape[1:])
     if columns <= out:
-        return whole.flatten(1), torch.eye(columns).reshape(columns, *whole.shape[1:])
-    return torch.eye(out), whole
+        eye = torch.eye(columns, device=whole.device)
+        return whole.flatten(1), eye.reshape(columns, *whole.shape[1:])
+    return torch.eye(out, device=whole.device), whole

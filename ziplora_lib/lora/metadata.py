@@ -84,6 +84,15 @@ def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
+def made_by(lora: Lora) -> dict:
+    """The recipe that ZipLoRA merged a LoRA by, as the file says; {} for any other LoRA, or where it cannot be read."""
+    try:
+        recipe = json.loads(lora.metadata.get("ziplora.recipe", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def merged_metadata(
     name: str,
     parents: Sequence[Lora],

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,9 @@ class Lora:
         return sorted({d.rank for d in self.deltas.values()})
 
     def norm(self) -> float:
-        """‖ΔW‖_F over all layers that are known already."""
+        """‖ΔW‖_F over all layers that are known already; NaN in a glance."""
+        if any(d.down.is_meta for d in self.deltas.values()):
+            return math.nan
         return sum(d.norm() ** 2 for d in self.deltas.values()) ** 0.5
 
 
@@ -120,6 +122,51 @@ def read(path: Path) -> Lora:
     """
     path = Path(path)
     tensors, metadata = _tensors(path)
+    return _understood(path, tensors, metadata, tensor_sha256(path))
+
+
+def glance(path: Path, whole: bool = True) -> Lora:
+    """A LoRA by its header alone, in milliseconds: what `read` says of layers, kinds, ranks and base, but no values.
+
+    Its tensors are on the device "meta", its `hash` is its path. whole: all layers, else a dozen, for a list of many files.
+    Raises BadInput as `read` does, as far as shapes tell.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        names = sorted(file.keys())
+        chosen = names if whole else _dozen(names)
+        tensors = {name: _outline(file, name) for name in chosen}
+        return _understood(path, tensors, dict(file.metadata() or {}), str(path.resolve()))
+
+
+def _dozen(names: Sequence[str]) -> list[str]:
+    """The tensors of a few layers that tell most: what cross-attention reads, text encoders, and some in between."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        layers[_split(name)[0]].append(name)
+    every = list(layers)
+    told = [next((layer for layer in every if mark in layer), "") for mark in ("attn2_to_k", "attn2.to_k", "te", "te2")]
+    kept = dict.fromkeys([*filter(None, told), *every[:: max(1, len(every) // 8)]])
+    return [name for layer in kept for name in layers[layer]]
+
+
+_OUTLINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _outline(file, name: str) -> Tensor:
+    """A tensor's shape and dtype without its values; settings of one number, and rare dtypes, as they are."""
+    outline = file.get_slice(name)
+    shape, dtype = outline.get_shape(), _OUTLINED.get(outline.get_dtype())
+    if dtype is None or math.prod(shape) <= 1:
+        return file.get_tensor(name)
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(torch.isfinite(tensor.float()).all())
+
+
+def _understood(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], own_hash: str) -> Lora:
     embeddings = _embeddings(path, tensors)
     grouped = _grouped(path, tensors)
     base = _base(grouped, metadata)
@@ -170,7 +217,7 @@ def read(path: Path) -> Lora:
         metadata=metadata,
         sidecar=_sidecar(path),
         dtype=max(sorted(set(dtypes)), key=dtypes.count),
-        hash=tensor_sha256(path),
+        hash=own_hash,
         base=base,
         dense=dense,
         vectors=vectors,
@@ -268,6 +315,9 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, _Layer]:
 
 def _parse(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """A tensor's name -> (the layer's name, part)."""
+    layer, ending = _split(name)
+    if ending in PARTS and ending not in _ONLY_WITH:
+        return layer, PARTS[ending]
     # the longest ending counts: .lora_B.bias is no .bias
     for suffix in sorted((s for s in PARTS if name.endswith(s)), key=len, reverse=True):
         if suffix in _ONLY_WITH and name.removesuffix(suffix) + _ONLY_WITH[suffix] not in tensors:
@@ -283,6 +333,12 @@ def _parse(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, s
     )
 
 
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's name at its first dot, where nearly all files have the layer's name before it."""
+    layer, dot, ending = name.partition(".")
+    return layer, dot + ending
+
+
 def _read_layer(
     path: Path, layer: _Layer, adapter_scale: Callable[[str, int | None], float | None]
 ) -> tuple[str, LowRankDelta | DenseLayer | None, Vectors | None]:
@@ -291,7 +347,7 @@ def _read_layer(
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and part not in ("alpha", "on_input"):
             raise layer.bad(f"holds {tensor.dtype}, not floating point numbers", _DAMAGED, path, part)
-        if not torch.isfinite(tensor.float()).all():
+        if not _finite(tensor):
             raise layer.bad(
                 "has values that are not finite (NaN or infinity)",
                 "The training of this LoRA failed: use another file or an earlier epoch",
@@ -438,7 +494,7 @@ def _embeddings(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
         own, _, part = name.removeprefix(_BUNDLED).partition(".")
         tensor = tensors.pop(name)
         usable = own and part and tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
-        if not usable or not torch.isfinite(tensor.float()).all():
+        if not usable or not _finite(tensor):
             raise BadInput(
                 f"is no usable embedding ({tensor.dtype}, shape {list(tensor.shape)})",
                 file=path.name,

@@ -47,6 +47,8 @@ _GROUPS = {
     r"_embedding$": "embedding",
     r"_text_projection$": "projection",
 }
+# in the order that tables have them
+GROUPS = (*_GROUPS.values(), "other")
 _ORDER = ("te", "te1", "te2", "time", "in", "mid", "out", "end", "other")
 
 # sparsity: the energy that the largest columns hold together, and that which the smallest elements do

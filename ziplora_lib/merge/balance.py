@@ -21,9 +21,12 @@ def weights(balance: float, roles: Sequence[str]) -> list[float]:
             f"the balance {balance} is not between -1 and 1", remedy="-1 is more subject, 0 as learned, 1 more style"
         )
     if balance <= 0:
-        first, second = 1 - 0.2 * balance, 1 + 0.25 * balance
-    else:
-        first, second = 1 - 0.3 * balance, 1 + 0.15 * balance
+        return spread(1 - 0.2 * balance, 1 + 0.25 * balance, roles)
+    return spread(1 - 0.3 * balance, 1 + 0.15 * balance, roles)
+
+
+def spread(first: float, second: float, roles: Sequence[str]) -> list[float]:
+    """A strength for each LoRA, from one for each of the balance's two sides."""
     return [first if of_first else second for of_first in first_side(roles)]
 
 
@@ -33,9 +36,15 @@ def points(n: int) -> list[float]:
 
 
 def side(balance: float, roles: Sequence[str], names: Sequence[str]) -> str:
-    """What a balance other than 0 gives more of: subject or style, or the LoRAs by name where all have one role."""
-    members = [i for i, of_first in enumerate(first_side(roles)) if of_first == (balance < 0)]
-    return roles[members[0]] if len(set(roles)) > 1 else " and ".join(names[i] for i in members)
+    """What a balance other than 0 gives more of."""
+    return sides(roles, names)[0 if balance < 0 else 1]
+
+
+def sides(roles: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """What the balance's two sides are called: subject and style, or the LoRAs by name where all have one role."""
+    if len(set(roles)) > 1:
+        return "subject", "style"
+    return names[0], " and ".join(names[1:])
 
 
 def caption(balance: float, roles: Sequence[str], names: Sequence[str]) -> str:

@@ -90,6 +90,18 @@ def unmatched(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [key for key in (*lora.layers, *lora.vectors) if key not in shapes]
 
 
+def outlines(loras: Sequence[Lora]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the layers as the LoRAs themselves have them, where no model says: the first one's, (out, in…)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for lora in reversed(loras):
+        shapes |= {key: delta.shape for key, delta in lora.deltas.items()}
+        shapes |= {key: layer.extent for key, layer in lora.dense.items() if layer.extent}
+        for key, vectors in lora.vectors.items():
+            row = vectors.bias if vectors.weight is None else vectors.weight
+            shapes.setdefault(key, (row.shape[-1], 0))
+    return shapes
+
+
 def refuse_unfit(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str, base: str) -> None:
     """Raises BadInput if a LoRA is for another base than the model's, or none of its layers is in the model."""
     remedy = f"Pick a LoRA that was trained on {BASES[base]}"
@@ -142,6 +154,8 @@ def equalising(norms: Sequence[float]) -> list[float]:
 def norm_warnings(loras: Sequence[Lora], strengths: Sequence[float]) -> list[str]:
     """What is to be said of the LoRAs' norms: zeros, and one that is far stronger than another."""
     norms = [lora.norm() * abs(w) for lora, w in zip(loras, strengths)]
+    if any(map(math.isnan, norms)):  # a glance
+        return []
     zero = [lora for lora, norm in zip(loras, norms) if norm == 0]
     said = [f"{lora.name} changes nothing: all its values are zero" for lora in zero if not lora.vectors]
     if zero or max(norms) <= UNEQUAL * min(norms):

@@ -1,0 +1,87 @@
+"""What is known of every LoRA that the host lists, for lists of hundreds: from headers, looked at once for each file."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ziplora_lib.errors import BadInput
+from ziplora_lib.hosts.host import Entry, Host
+from ziplora_lib.lora.reader import BASES, glance
+
+
+@dataclass(frozen=True)
+class Facts:
+    """base, kind and rank in words, "" where not known; recipe: what ZipLoRA made it by, {} for other LoRAs; when: mtime."""
+
+    base: str = ""
+    kind: str = ""
+    rank: str = ""
+    problem: str = ""
+    recipe: dict = field(default_factory=dict)
+    when: float = 0.0
+
+
+class Catalogue:
+    """Facts by file, kept for as long as the file is the same one."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        self._known: dict[tuple, Facts] = {}
+        self._looking = threading.Lock()
+
+    def facts(self, entry: Entry) -> Facts:
+        """Of one LoRA; looks at its file if that was not done yet. A file that cannot be read has a problem."""
+        try:
+            stat = entry.path.stat()
+        except OSError:
+            return Facts(problem="the file is gone")
+        key = (entry.path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._known:
+            self._known[key] = _facts(entry, stat.st_mtime)
+        return self._known[key]
+
+    def known(self, entry: Entry) -> Facts | None:
+        """The same, but None rather than a look at the file."""
+        try:
+            stat = entry.path.stat()
+        except OSError:
+            return None
+        return self._known.get((entry.path, stat.st_mtime_ns, stat.st_size))
+
+    def look(self) -> list[tuple[Entry, Facts]]:
+        """All that the host lists; a few milliseconds for each file that is new."""
+        with self._looking:  # two pages at once: the second finds what the first has read
+            return [(entry, self.facts(entry)) for entry in _listing(self.host)]
+
+    def zipped(self) -> list[tuple[Entry, Facts]]:
+        """The LoRAs that ZipLoRA merged, the newest first."""
+        made = [(entry, facts) for entry, facts in self.look() if facts.recipe]
+        return sorted(made, key=lambda found: -found[1].when)
+
+
+def _listing(host: Host) -> Sequence[Entry]:
+    try:
+        return host.listing()
+    except BadInput:  # no Lora extension: the tab says so itself
+        return []
+
+
+def _facts(entry: Entry, when: float) -> Facts:
+    try:
+        lora = glance(entry.path, whole=False)
+    except BadInput as error:
+        return Facts(problem=str(error), when=when)
+    ranks = lora.ranks
+    rank = "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    try:
+        recipe = json.loads(lora.metadata.get("ziplora.recipe", "{}"))
+    except (ValueError, RecursionError):
+        recipe = {}
+    kind = next((kind for kind in lora.kinds if kind != "LoRA"), "LoRA") if lora.kinds else ""
+    base = BASES[lora.base] if lora.base != "unknown" else ""
+    # a half keeps the recipe of the whole, but is no merge
+    whole = isinstance(recipe, dict) and "ziplora.split_from" not in lora.metadata
+    return Facts(base, kind, rank, "", recipe if whole else {}, when)

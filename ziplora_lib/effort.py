@@ -1,0 +1,42 @@
+"""What a merge will take: counted in passes of the UNet, and in seconds once one was timed on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ziplora_lib.merge import NEEDS_MODEL
+from ziplora_lib.recipe import Recipe
+
+# a backward takes about as long as two forwards, and one more where blocks are recomputed
+BACKWARD, RECOMPUTED = 2, 1
+
+
+def passes(recipe: Recipe) -> int:
+    """Forward passes of one picture through the UNet that a merge takes, backwards counted as such."""
+    pictured = 2 * recipe.sampler_steps  # two rows a step, under guidance
+    previews = recipe.balance_points * pictured
+    if recipe.method not in NEEDS_MODEL:
+        return previews
+    parents, rows = len(recipe.parents), 2 if recipe.loss_guidance > 1 else 1
+    held_out = max(4, recipe.samples // 8)
+    made = sum(0 if parent.reference else recipe.pictures * pictured for parent in recipe.parents)
+    predicted = (recipe.samples + held_out) * parents * (1 + rows)
+    observed = recipe.samples * parents
+    judged = 2 * held_out * parents * rows
+    learned = 0
+    if recipe.method == "ziplora":
+        step = recipe.batch * parents * rows
+        learned = recipe.steps * step * (1 + BACKWARD + (RECOMPUTED if recipe.checkpointing else 0))
+        judged += 5 * held_out * parents * rows
+    return made + predicted + observed + learned + judged + previews
+
+
+def expected(recipe: Recipe, timed: Iterable[tuple[Recipe, float]]) -> float | None:
+    """Seconds, by the last merge that was timed at the same resolution; None where there was none."""
+    rates = [seconds / passes(other) for other, seconds in timed if other.resolution == recipe.resolution]
+    return rates[-1] * passes(recipe) if rates else None
+
+
+def as_pictures(recipe: Recipe) -> int:
+    """As long as how many ordinary pictures, of the recipe's sampler steps."""
+    return max(1, round(passes(recipe) / (2 * recipe.sampler_steps)))

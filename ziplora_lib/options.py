@@ -1,0 +1,41 @@
+"""The user's settings, kept by the host: the WebUI's settings page shows them, elsewhere they are as here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ziplora_lib.recipe import schema
+
+
+@dataclass(frozen=True)
+class Option:
+    """default, what it is called, a line about it; choices, or bounds as (least, most, step)."""
+
+    default: Any
+    label: str
+    hint: str
+    choices: tuple[str, ...] = ()
+    bounds: tuple[float, float, float] | None = None
+
+
+def _of_recipe(field: str, label: str, bounds: tuple[float, float, float] | None = None) -> Option:
+    """The default that the tab shows for a field of the recipe."""
+    about = schema()["properties"][field]
+    return Option(about["default"], label, about["description"], tuple(about.get("enum", ())), bounds)
+
+
+OPTIONS = {
+    "folder": Option("", "Folder for new LoRAs", "below the Lora folder; empty: the Lora folder itself"),
+    "name": Option("{subject}-{style}", "Name of new LoRAs", "{subject}, {style}, {method} and {date} are filled in"),
+    "preview_size": Option(
+        0, "Preview size", "side of the pictures after a merge; 0: as the calibration's", bounds=(0, 2048, 64)
+    ),
+    "thumbnails": Option(True, "Thumbnails", "pictures in the list of LoRAs"),
+    "steps": _of_recipe("steps", "Steps", (1, 1000, 1)),
+    "resolution": _of_recipe("resolution", "Resolution", (64, 2048, 64)),
+    "dtype": _of_recipe("dtype", "Precision"),
+    "at_once": _of_recipe("at_once", "Samples at once", (1, 32, 1)),
+    "checkpointing": _of_recipe("checkpointing", "Save memory"),
+    "balance_points": _of_recipe("balance_points", "Pictures along the balance", (1, 9, 2)),
+}

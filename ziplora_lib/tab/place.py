@@ -1,0 +1,20 @@
+"""What the sections of the tab share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ziplora_lib.catalogue import Catalogue
+from ziplora_lib.hosts.host import Host
+from ziplora_lib.jobs import Job
+from ziplora_lib.tab.running import Runner
+
+
+@dataclass
+class Place:
+    """The host, its jobs (shared with the API), who runs them, and what is known of the LoRAs."""
+
+    host: Host
+    jobs: dict[str, Job]
+    runner: Runner
+    catalogue: Catalogue

@@ -1,0 +1,86 @@
+"""What is said of the LoRAs that are picked, before any work: side by side, with what is wrong in red."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+
+from ziplora_lib import effort
+from ziplora_lib.jobs import Job
+from ziplora_lib.recipe import Recipe
+from ziplora_lib.tab import words
+
+
+def ready(report: Mapping, recipe: Recipe, jobs: Sequence[Job]) -> str:
+    """The preflight: a line, a table with a column for each LoRA, what it takes, and what is worth knowing."""
+    parents = report["parents"]
+    model = report["model"]
+    on = f" on {model['name']}" if model else ""
+    said = f"{report['learned_layers']} layers are learned{on}, {report['shared_layers']} of them are in all LoRAs."
+    if not model:
+        said += " No checkpoint is loaded yet: whether it fits will be seen then."
+    head = f"<p><b>Ready:</b> {html.escape(said)}</p>"
+    return (
+        head + _side_by_side(parents) + words.line(_effort(report, recipe, jobs)) + words.warnings(report["warnings"])
+    )
+
+
+def _side_by_side(parents: Sequence[Mapping]) -> str:
+    def row(title: str, cells: Sequence[str]) -> str:
+        return f"<tr><th scope='row'>{title}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+    def plain(values: Sequence[object]) -> list[str]:
+        return [html.escape(str(value)) for value in values]
+
+    heads = "".join(f"<th scope='col'>{html.escape(words.capital(p['title']))}</th>" for p in parents)
+    rows = [
+        row("LoRA", plain([p["name"] for p in parents])),
+        row("Base", plain([p["base"] for p in parents])),
+        row("Kind", plain([", ".join(p["kinds"]) for p in parents])),
+        row("Rank", plain([_ranks(p["ranks"]) for p in parents])),
+        row("Layers", plain([_matched(p) for p in parents])),
+        row("Norm", _bars([p["norm"] for p in parents])),
+    ]
+    return (
+        f"<table class='ziplora_table'><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) > 3:
+        return f"{ranks[0]} to {ranks[-1]}"
+    return ", ".join(map(str, ranks)) or "none"
+
+
+def _matched(parent: Mapping) -> str:
+    if parent["matched"] == parent["layers"]:
+        return str(parent["layers"])
+    return f"{parent['layers']}, {parent['matched']} of them in the model"
+
+
+def _bars(norms: Sequence[float | None]) -> list[str]:
+    """‖ΔW‖ as bars, the strongest full; "…" while only headers are read, "known later" for kinds that need the model."""
+    known = [norm for norm in norms if norm]
+    if not known:
+        return ["…" for _ in norms]
+    return [
+        "known when the model has opened it"
+        if norm is None
+        else f"<span class='ziplora_bar' style='--part: {norm / max(known):.3f}'></span> {norm:.3g}"
+        for norm in norms
+    ]
+
+
+def _effort(report: Mapping, recipe: Recipe, jobs: Sequence[Job]) -> str:
+    timed = [(job.asked, job.seconds) for job in jobs if job.kind == "merge" and job.state == "done"]
+    seconds = effort.expected(recipe, timed)
+    if seconds is None:
+        pictures = effort.as_pictures(recipe)
+        time = f"as long as about {pictures} picture{'s' * (pictures > 1)} of {recipe.resolution} pixels"
+    else:
+        time = f"about {words.duration(seconds)}, by the last merge here"
+    factors = 4 * report["bytes"] / {"fp16": 2, "bf16": 2, "fp32": 4}[recipe.dtype]
+    return (
+        f"The new file will have {words.size(report['bytes'])}. It takes {time}; memory, beside what the model itself "
+        f"needs, {words.size(factors)} for the LoRAs."
+    )
