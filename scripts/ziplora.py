@@ -24,7 +24,8 @@ def add_settings():
         elif option.bounds:
             component, details = gr.Slider, dict(zip(("minimum", "maximum", "step"), option.bounds))
         info = shared.OptionInfo(option.default, option.label, component, details, section=("ziplora", "ZipLoRA"))
-        shared.opts.add_option(f"ziplora_{name}", info.info(option.hint))
+        info = info.info(option.hint)
+        shared.opts.add_option(f"ziplora_{name}", info.needs_reload_ui() if option.at_start else info)
 
 
 def add_api(_demo, app):

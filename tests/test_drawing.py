@@ -209,7 +209,7 @@ def test_a_stop_keeps_what_was_drawn(host, merged):
     def stop_at(step):
         def callback(info):
             told.append(info)
-            return info["phase"] == "preview" and info["step"] == step
+            return info["phase"] == "draw" and info["step"] == step
 
         return callback
 
@@ -223,7 +223,7 @@ def test_a_stop_keeps_what_was_drawn(host, merged):
         "subject 0.5, style 1",
     ]
     assert sheet.whole.height >= 2 * 64
-    previews = [info for info in told if info["phase"] == "preview"]
+    previews = [info for info in told if info["phase"] == "draw"]
     assert [(info["step"], info["steps"]) for info in previews] == [(k, 4) for k in range(4)]
     assert previews[3]["what"] == "drawing subject 1, style 1"
     with pytest.raises(Stopped):
@@ -256,10 +256,8 @@ def test_the_comparison_draws_a_prompt_of_its_own_and_can_be_stopped(host, merge
     assert sheet.prompt == PROMPT
     assert sheet.rows[-1][0].tobytes() == prompted(host, merged).tobytes()
     assert [text for _, text in sheet.pictures] == [f"seed 7, {label}" for label in sheet.row_labels]
-    assert [info["step"] for info in told if info["phase"] == "preview"] == [0, 1, 2, 3, 4]
-    stopped = comparison(
-        recipe, merged, host, [7], lambda info: info["phase"] == "preview" and info["step"] == 2, PROMPT
-    )
+    assert [info["step"] for info in told if info["phase"] == "draw"] == [0, 1, 2, 3, 4]
+    stopped = comparison(recipe, merged, host, [7], lambda info: info["phase"] == "draw" and info["step"] == 2, PROMPT)
     assert stopped.stopped
     assert [row[0].tobytes() for row in stopped.rows] == [row[0].tobytes() for row in sheet.rows[:2]]
     with pytest.raises(Stopped):

@@ -49,19 +49,18 @@ def curves(title: str, series: dict[str, Sequence[float]]) -> str:
     )
 
 
-def learning(history: Sequence[dict], titles: Sequence[str]) -> str:
-    """How a merge learns: the terms of its loss, and mean |m| of every LoRA."""
+def learning(history: Sequence[dict], titles: Sequence[str], penalised: bool) -> str:
+    """How a merge learns: the terms of its loss, and mean |m| of every LoRA. titles: the LoRAs'; penalised: λ is not 0."""
     if len(history) < 2:
         return ""
     of = dict(enumerate(titles))
     parents = len(history[-1].get("errors", []))
-    terms = {of.get(i, f"error {i + 1}"): [step["errors"][i] for step in history] for i in range(parents)}
-    penalties = [step.get("penalty", 0.0) for step in history]
-    if any(penalties):
-        terms["overlap penalty"] = penalties
+    terms = {f"on the {of.get(i, f'LoRA {i + 1}')}": [step["errors"][i] for step in history] for i in range(parents)}
+    if penalised:
+        terms["overlap, before its weight"] = [step.get("penalty", 0.0) for step in history]
     terms = {"loss": [step["loss"] for step in history], **terms}
     means = {
-        of.get(i, f"LoRA {i + 1}").removeprefix("error of the "): [step["mean_m"][i] for step in history]
+        of.get(i, f"LoRA {i + 1}"): [step["mean_m"][i] for step in history]
         for i in range(len(history[-1].get("mean_m", [])))
     }
     return f"<div class='ziplora_charts'>{curves('Loss', terms)}{curves('Mean |m|', means)}</div>"

@@ -172,7 +172,7 @@ class Drawing:
         """Says which picture is next. Raises Stopped."""
         columns, done = len(self.column_labels), sum(map(len, self.rows))
         name = caption(self.row_labels[done // columns], self.column_labels[done % columns])
-        info = {"phase": "preview", "step": done, "steps": columns * len(self.row_labels), "what": f"drawing {name}"}
+        info = {"phase": "draw", "step": done, "steps": columns * len(self.row_labels), "what": f"drawing {name}"}
         if self.callback(info):
             raise Stopped
 

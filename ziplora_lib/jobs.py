@@ -88,7 +88,11 @@ class Job:
             self.result = self._work(host, watch)
             state = "stopped" if getattr(self.result, "stopped", False) else "done"
         except Stopped:
-            state, self.error = "stopped", "stopped before anything was learned; nothing was saved"
+            nothing = "stopped before anything was learned; nothing was saved"
+            state, self.error = (
+                "stopped",
+                nothing if self.kind == "merge" else "stopped before there was anything to show",
+            )
         except (BadInput, MergeFailed) as error:
             state, self.error, self.bad_input = "failed", str(error), isinstance(error, BadInput)
         except Exception as error:

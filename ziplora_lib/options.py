@@ -10,19 +10,23 @@ from ziplora_lib.recipe import schema
 
 @dataclass(frozen=True)
 class Option:
-    """default, what it is called, a line about it; choices, or bounds as (least, most, step)."""
+    """default, what it is called, a line about it; choices, or bounds as (least, most, step).
+
+    at_start: looked at when the page is made only.
+    """
 
     default: Any
     label: str
     hint: str
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float, float] | None = None
+    at_start: bool = False
 
 
 def _of_recipe(field: str, label: str, bounds: tuple[float, float, float] | None = None) -> Option:
     """The default that the tab shows for a field of the recipe."""
     about = schema()["properties"][field]
-    return Option(about["default"], label, about["description"], tuple(about.get("enum", ())), bounds)
+    return Option(about["default"], label, about["description"], tuple(about.get("enum", ())), bounds, True)
 
 
 OPTIONS = {

@@ -413,11 +413,12 @@ def site(request) -> Site:
 def opened(browser, url: str, **options):
     """A page of a browser context of its own; `page.problems` gathers its JavaScript errors."""
     context = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **options})
+    origin = url.partition("/?")[0]
     # fonts and the like from elsewhere: not there on a machine without a network, so never
-    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(url) else route.abort())
+    context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(origin) else route.abort())
     page = context.new_page()
     page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("pageerror", lambda error: page.problems.append(error.stack or str(error)))
     page.goto(url)
     page.wait_for_selector("#ziplora_zip, #txt2img_prompt textarea", state="attached", timeout=60_000)
     return page

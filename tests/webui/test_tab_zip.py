@@ -247,7 +247,7 @@ def test_zip_shows_its_steps(zipped):
     assert re.search(r"step \d+ of 10", zipped["live"])
     assert "loss" in zipped["live"]
     assert len(zipped["charts"]) == 2
-    assert "error of the subject" in zipped["charts"][0]
+    assert "on the subject" in zipped["charts"][0]
     assert zipped["charts"][1].startswith("Mean |m|")
 
 

@@ -72,6 +72,7 @@ PHASES = {
     "merge": (0.4, 0.9),
     "save": (0.9, 0.9),
     "preview": (0.9, 1),
+    "draw": (0, 1),
     # several merges as one job: its steps are those of all of them
     "many": (0.0, 1.0),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import gradio as gr
@@ -62,6 +63,15 @@ TYPED = {"seed", "lr", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "preview_size": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
 NOT_GIVEN = {**dict.fromkeys(("lam", "start", "loss_guidance"), "the objective's own"), "ridge": "the method's own"}
+
+
+# fields as messages name them, for the command line and the API too
+_FIELDS = re.compile(rf"\b({'|'.join(['lr', 'lam', *(field for field in LABELS if '_' in field)])})\b")
+
+
+def in_labels(message: str) -> str:
+    """A message with the controls' labels in place of the recipe's fields."""
+    return _FIELDS.sub(lambda found: f"“{LABELS[found[1]]}”", message)
 
 
 def property_of(field: str, parent: bool = False) -> dict:

@@ -7,25 +7,34 @@ from collections.abc import Mapping, Sequence
 
 from ziplora_lib import effort
 from ziplora_lib.jobs import Job
+from ziplora_lib.merge import NEEDS_MODEL
 from ziplora_lib.recipe import Recipe
 from ziplora_lib.tab import words
+from ziplora_lib.tab.controls import in_labels
 
 
-def ready(report: Mapping, recipe: Recipe, jobs: Sequence[Job]) -> str:
-    """The preflight: a line, a table with a column for each LoRA, what it takes, and what is worth knowing."""
+def ready(report: Mapping, recipe: Recipe, jobs: Sequence[Job], whole: bool) -> str:
+    """The preflight: a line, a table with a column for each LoRA, what it takes, and what is worth knowing.
+
+    whole: the files were read, and not their headers alone.
+    """
     parents = report["parents"]
     model = report["model"]
     on = f" on {model['name']}" if model else ""
-    said = f"{report['learned_layers']} layers are learned{on}, {report['shared_layers']} of them are in all LoRAs."
+    done = "learned" if recipe.method in NEEDS_MODEL else "added as they are"
+    said = f"{report['learned_layers']} layers are {done}{on}, {report['shared_layers']} of them are in all LoRAs."
     if not model:
         said += " No checkpoint is loaded yet: whether it fits will be seen then."
     head = f"<p><b>Ready:</b> {html.escape(said)}</p>"
     return (
-        head + _side_by_side(parents) + words.line(_effort(report, recipe, jobs)) + words.warnings(report["warnings"])
+        head
+        + _side_by_side(parents, recipe.strengths, whole)
+        + words.line(_effort(report, recipe, jobs))
+        + words.warnings(map(in_labels, report["warnings"]))
     )
 
 
-def _side_by_side(parents: Sequence[Mapping]) -> str:
+def _side_by_side(parents: Sequence[Mapping], strengths: Sequence[float], whole: bool) -> str:
     def row(title: str, cells: Sequence[str]) -> str:
         return f"<tr><th scope='row'>{title}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -39,7 +48,7 @@ def _side_by_side(parents: Sequence[Mapping]) -> str:
         row("Kind", plain([", ".join(p["kinds"]) for p in parents])),
         row("Rank", plain([_ranks(p["ranks"]) for p in parents])),
         row("Layers", plain([_matched(p) for p in parents])),
-        row("Norm", _bars([p["norm"] for p in parents])),
+        row("Norm", _bars([p["norm"] and p["norm"] * w for p, w in zip(parents, strengths)], whole)),
     ]
     return (
         f"<table class='ziplora_table'><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -58,15 +67,14 @@ def _matched(parent: Mapping) -> str:
     return f"{parent['layers']}, {parent['matched']} of them in the model"
 
 
-def _bars(norms: Sequence[float | None]) -> list[str]:
-    """‖ΔW‖ as bars, the strongest full; "…" while only headers are read, "known later" for kinds that need the model."""
+def _bars(norms: Sequence[float | None], whole: bool) -> list[str]:
+    """‖ΔW‖ at its strength as bars, the strongest full; "…" while only headers are read."""
     known = [norm for norm in norms if norm]
-    if not known:
-        return ["…" for _ in norms]
+    unknown = "known when the model has opened it" if whole else "…"
     return [
-        "known when the model has opened it"
+        unknown
         if norm is None
-        else f"<span class='ziplora_bar' style='--part: {norm / max(known):.3f}'></span> {norm:.3g}"
+        else f"<span class='ziplora_bar' style='--part: {norm / max(known, default=1):.3f}'></span> {norm:.3g}"
         for norm in norms
     ]
 

@@ -14,7 +14,9 @@ from ziplora_lib.job import Result, bake_balance
 from ziplora_lib.jobs import Job
 from ziplora_lib.lora.bake import origins
 from ziplora_lib.merge import balance
+from ziplora_lib.naming import at_balance
 from ziplora_lib.tab import words
+from ziplora_lib.tab.controls import in_labels
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 from ziplora_lib.verdict import short
@@ -86,6 +88,7 @@ class ResultCard:
                     )
                     self.compare = gr.Button("Compare", elem_id="ziplora_compare", min_width=120, scale=1)
                 self.compared = gr.HTML(elem_id="ziplora_compared")
+                self.compare_note = gr.HTML(elem_id="ziplora_compare_note")
                 self.sheet = gr.Image(
                     label="A row for each, a column for each seed",
                     type="pil",
@@ -118,7 +121,7 @@ class ResultCard:
         if job is None or job.result is None:
             text = ""
             if job is not None:
-                said = job.error or job.state
+                said = in_labels(job.error or job.state)
                 what = "Cannot zip" if job.bad_input else "Failed"
                 text = words.error(said, what) if job.state == "failed" else words.line(words.capital(said))
             nothing = gr.update(value=[], visible=False)
@@ -139,7 +142,13 @@ class ResultCard:
 
         compared = [self.merge, self.prompt, self.seeds]
         self.place.runner.offer(
-            self.compare, self._comparing, compared, self.compared, _sheet_shown, [self.sheet], "compare"
+            self.compare,
+            self._comparing,
+            compared,
+            self.compared,
+            _sheet_shown,
+            [self.sheet, self.compare_note],
+            "compare",
         )
 
     def _comparing(self, job_id: str, prompt: str, seeds: int) -> Job:
@@ -160,8 +169,7 @@ class ResultCard:
         try:
             parents = origins(host.peek(name))
             roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
-            side = balance.side(value, roles, names)
-            output = output.strip() or f"{name}-{side}{abs(value):.0%}".replace("%", "")
+            output = output.strip() or at_balance(name, value, balance.side(value, roles, names))
             done = bake_balance(host, name, output, balance.weights(value, roles))
         except (BadInput, OSError) as error:
             return words.error(str(error), "Not saved")
@@ -169,9 +177,16 @@ class ResultCard:
 
 
 def _sheet_shown(job: Job | None) -> list:
-    if job is None or job.result is None:
-        return [gr.update(value=None, visible=False)]
-    return [gr.update(value=job.result.whole, visible=True)]
+    if job is None:
+        return [gr.update(value=None, visible=False), ""]
+    if job.result is None:
+        said = words.capital(job.error or job.state)
+        return [
+            gr.update(value=None, visible=False),
+            words.error(said, "Failed") if job.state == "failed" else words.line(said),
+        ]
+    note = words.line("Stopped: the last pictures are missing.") if job.result.stopped else ""
+    return [gr.update(value=job.result.whole, visible=True), note]
 
 
 def _chosen_balance(pictures, chosen: gr.SelectData):
@@ -199,7 +214,7 @@ def _summary(job: Job) -> str:
     )
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items() if seconds >= 0.5)
     foot = words.line(f"{check} Time taken: {words.duration(job.seconds)} ({spent}).", small=True)
-    return head + _learned(result.learned, parents) + words.warnings(result.warnings) + foot
+    return head + _learned(result.learned, parents) + words.warnings(map(in_labels, result.warnings)) + foot
 
 
 def _learned(learned: dict, parents: Sequence[dict]) -> str:

@@ -20,6 +20,8 @@ EVERY = 0.5
 # the parameter that takes JavaScript has another name in newer gradios
 JS = "_js" if gr.__version__.startswith("3.") else "js"
 QUIET = {"show_progress": "hidden"}
+# how a refusal begins, by the kind of job
+REFUSED = {"merge": "Cannot zip", "many": "Cannot zip them"}
 
 
 def flat(values: Sequence):
@@ -87,7 +89,7 @@ class Runner:
 
         for button, prepare, inputs, said, show, outputs, what in self._offers:
 
-            def start(*values, prepare=prepare, show=show, outputs=outputs):
+            def start(*values, prepare=prepare, show=show, outputs=outputs, what=what):
                 refused = [gr.update() for _ in outputs]
                 try:
                     if at_work := busy():
@@ -96,10 +98,10 @@ class Runner:
                         )
                     job = prepare(*values)
                 except BadInput as error:
-                    return [*idle, words.error(str(error)), *refused]
+                    return [*idle, words.error(str(error), REFUSED.get(what, "Not possible")), *refused]
                 except Exception as error:
                     traceback.print_exc()
-                    return [*idle, words.error(f"{type(error).__name__}: {error}"), *refused]
+                    return [*idle, words.error(f"{type(error).__name__}: {error}", "Failed"), *refused]
                 remember(self.jobs, job)
                 job.start(self.host)
                 return [*began(job), "", *show(None)]
@@ -145,7 +147,7 @@ class Runner:
         if job is None or job.ended:
             return gr.update(), words.line("Nothing is running.")
         job.stop()
-        said = "Stopping at the next step; the best so far will be kept …"
+        said = "Stopping at the next step; once the steps of the merge have begun, the best so far is kept …"
         if job.kind != "merge":
             said = "Stopping at the next step …"
         return gr.update(interactive=False), words.line(said)
@@ -162,6 +164,6 @@ def live(job: Job) -> str:
     if (eta := job.eta()) is not None:
         parts.append(f"about {words.duration(eta)} left in this phase")
     said = f"<p class='ziplora_step'><b>{html.escape(job.title)}</b>: {html.escape(', '.join(parts))}</p>"
-    titles = [f"error of the {title}" for title in getattr(job.asked, "titles", [])]
+    titles = getattr(job.asked, "titles", [])
     rows = words.table(["LoRA", "State", ""], info["rows"]) if "rows" in info else ""
-    return said + charts.learning(job.history, titles) + rows
+    return said + charts.learning(job.history, titles, getattr(job.asked, "lam", 0) > 0) + rows

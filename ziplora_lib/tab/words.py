@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def error(text: str, what: str = "Cannot zip") -> str:
@@ -17,7 +17,7 @@ def line(text: str, small: bool = False) -> str:
     return f"<p{kind}>{html.escape(text)}</p>"
 
 
-def warnings(said: Sequence[str]) -> str:
+def warnings(said: Iterable[str]) -> str:
     """A list, nothing where there is nothing to say."""
     items = "".join(f"<li>{html.escape(warning)}</li>" for warning in said)
     return f"<p>Worth knowing:</p><ul class='ziplora_warnings'>{items}</ul>" if items else ""

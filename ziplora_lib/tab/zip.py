@@ -12,7 +12,7 @@ from ziplora_lib.job import preflight
 from ziplora_lib.jobs import Job
 from ziplora_lib.recipe import Recipe, schema
 from ziplora_lib.tab import words
-from ziplora_lib.tab.controls import ADVANCED, control, default_of, named, recipe_of, shown
+from ziplora_lib.tab.controls import ADVANCED, control, default_of, in_labels, named, recipe_of, shown
 from ziplora_lib.tab.parents import MOST, Parents
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.preflight import ready
@@ -131,9 +131,11 @@ class Zip:
     def _checked(self, values, whole: bool) -> str:
         try:
             recipe = self.recipe(values)
-            return ready(preflight(recipe, self.place.host, whole).report, recipe, list(self.place.jobs.values()))
+            return ready(
+                preflight(recipe, self.place.host, whole).report, recipe, list(self.place.jobs.values()), whole
+            )
         except BadInput as error:
-            return words.error(str(error))
+            return words.error(in_labels(str(error)))
         except Exception as error:
             traceback.print_exc()
             return words.error(f"{type(error).__name__}: {error}")
