@@ -129,6 +129,7 @@ function ziplora_filter() {
 
 // arrows go through the cards, Enter in the search takes the first; Escape is the dialog's own
 function ziplora_keys(event) {
+    event.stopPropagation(); // the WebUI takes Escape for "interrupt", and Enter for "generate"
     const seen = [...ziplora_dialog().querySelectorAll(".ziplora_choice:not([hidden])")];
     if (event.key === "Enter" && event.target.type === "search") {
         event.preventDefault();

@@ -8,6 +8,7 @@ PATIENCE = 240_000
 class Tab:
     def __init__(self, page):
         self.page = page
+        page.wait_for_selector("#ziplora_zip", state="attached", timeout=60_000)
         if page.locator("#tabs > .tab-nav").count():
             page.click("#tabs > .tab-nav >> text=ZipLoRA")
         page.wait_for_selector("#ziplora_zip", state="visible", timeout=60_000)
@@ -89,7 +90,10 @@ class Tab:
     def start(self, button: str = "zip") -> None:
         """Presses a button that starts a job, and waits until it has."""
         self(button).click()
-        self.page.wait_for_function("document.querySelector('#ziplora_zip').disabled", timeout=30_000)
+        begun = "document.querySelector('#ziplora_zip').disabled || document.querySelector('#ziplora_said .error')"
+        self.page.wait_for_function(begun, timeout=30_000)
+        said = self("said").inner_text().strip()
+        assert said == "", said
 
     def zip(self, until: str = "ended") -> list[str]:
         """Presses Zip; returns the texts on the progress bar until it ended, or one of them contains `until`."""

@@ -48,9 +48,6 @@ def test_every_control_has_a_hint_and_an_id_of_its_own(tab, site):
     for kind, props in ours:
         if kind in ("dropdown", "textbox", "slider", "number", "checkbox", "radio") and props["visible"]:
             assert props.get("info") or props["elem_id"] == "ziplora_tag", props["elem_id"]
-    with_events = {"button", "dropdown", "textbox", "slider", "number", "checkbox", "radio", "gallery", "file"}
-    unnamed = [c["props"].get("label") or c["props"].get("value") for c in config if c["type"] in with_events]
-    assert "Run" not in unnamed
 
 
 def test_defaults_are_the_recipes(tab):
@@ -167,6 +164,7 @@ def test_swap(tab, tmp_path):
     tab.pair("")
     tab.page.locator("#ziplora_reference_1 input[type=file]").set_input_files(str(picture))
     tab.page.wait_for_selector("#ziplora_reference_1 >> text=fox.png", state="attached")
+    tab.settle()
     tab.number("strength_1").fill("0.7")
     tab("swap").click()
     tab.settle()
@@ -324,6 +322,7 @@ def test_reference_pictures(tab, site, tmp_path, loras):
     for card in (1, 2):
         tab.page.locator(f"#ziplora_reference_{card} input[type=file]").set_input_files([str(p) for p in pictures])
         tab.page.wait_for_selector(f"#ziplora_reference_{card} >> text=1.png", state="attached")
+        tab.settle()  # the names are there before the upload has ended
     progress = tab.zip()
     assert "Done" in tab.ended()
     assert not any("making" in text for text in progress)
