@@ -228,6 +228,7 @@ def zipped(browser, site, loras):
     tab.pair("tab-zipped", **small(site, overwrite=True))
     found["progress"] = tab.zip(until="merge: step 4")
     page.wait_for_selector("#ziplora_live .ziplora_curve", timeout=60_000)
+    page.wait_for_selector("#ziplora_live_preview .livePreview img", timeout=60_000)
     found["live"] = tab("live").inner_text()
     found["charts"] = page.locator("#ziplora_live svg[role=img]").evaluate_all("all => all.map(e => e.ariaLabel)")
     found["summary"] = tab.ended()

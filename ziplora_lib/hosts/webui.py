@@ -300,7 +300,12 @@ class WebuiHost:
                 if shared.state.interrupted:
                     raise Stopped  # the sampler broke off: this is no picture
                 if not shared.state.skipped:  # Skip is for a batch of pictures; half a picture is of no use here
-                    return latent
+                    break
+        if shared.opts.live_previews_enable and shared.opts.show_progress_every_n_steps != -1:
+            # the WebUI's own way, which small pictures are too quick for
+            shared.state.current_latent = latent
+            shared.state.do_set_current_image()
+        return latent
 
     def infotext(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> str:
         p = _txt2img(prompt, seed, resolution, steps, guidance)
