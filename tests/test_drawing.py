@@ -247,7 +247,7 @@ def test_one_for_another_model_is_refused_before_any_picture(host, tmp_path, rec
     told = []
     with pytest.raises(BadInput, match="none of its 1 layers"):
         draw(host, "merged", plan, lambda info: told.append(info["phase"]))
-    assert "preview" not in told
+    assert "draw" not in told
 
 
 def test_the_comparison_draws_a_prompt_of_its_own_and_can_be_stopped(host, merged, recipe_of):
@@ -330,7 +330,7 @@ def test_strip_checks_before_the_model_is_loaded(cli, stripping, tmp_path, pair_
 
 
 def test_an_interrupted_strip_keeps_what_was_drawn(stripping, tmp_path, merged):
-    status, out, err = interrupted(stripping("--points", "16", "--sampler-steps", "20"), "preview 2/16")
+    status, out, err = interrupted(stripping("--points", "16", "--sampler-steps", "20"), "draw 2/16")
     assert status == 130, err
     assert "Traceback" not in err
     drawn = out.splitlines()[1:]

@@ -180,7 +180,7 @@ def test_the_grid_is_drawn_and_a_click_takes_its_strengths(page, host, merged):
 
 def test_a_stopped_grid_shows_what_there_is(page, host, merged):
     wanted = page.section._grid_job(merged, PROMPT, 7, 64, "0.5, 1", "0.5, 1")
-    wanted.run(host, lambda info: info["phase"] == "preview" and info["step"] == 3)
+    wanted.run(host, lambda info: info["phase"] == "draw" and info["step"] == 3)
     assert wanted.state == "stopped"
     gallery, summary, sheet, chosen = page.section.show(wanted)
     assert len(gallery["value"]) == 3

@@ -130,15 +130,8 @@ class Many:
 
     # --- what is there -------------------------------------------------------------------------------------
 
-    def _names(self) -> list[str]:
-        try:
-            return self.place.host.loras()
-        except BadInput as error:
-            print(f"ZipLoRA: {error}")
-            return []
-
     def listed(self) -> list:
-        names = self._names()
+        names = self.place.names()
         return [gr.update(choices=names) for _ in self.pickers]
 
     def _rescan(self) -> list:

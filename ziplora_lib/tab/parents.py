@@ -64,7 +64,7 @@ class Parents:
             facts = gr.HTML(self.facts(None), elem_id=name.format("facts"))
             with gr.Row(elem_classes=["ziplora_pick"]):
                 lora = gr.Dropdown(
-                    self.names() if i < 2 else [],
+                    self.place.names() if i < 2 else [],
                     label=label,
                     info=("Who or what is in the picture", "How the picture looks", "One more for the same new LoRA")[
                         min(i, 2)
@@ -112,16 +112,9 @@ class Parents:
 
     # --- what is there -------------------------------------------------------------------------------
 
-    def names(self) -> list[str]:
-        try:
-            return self.place.host.loras()
-        except BadInput as error:
-            print(f"ZipLoRA: {error}")
-            return []
-
     def listed(self) -> list:
         """The pickers, with the LoRAs as they are listed now."""
-        choices = self.names()
+        choices = self.place.names()
         return [gr.update(choices=choices) for _ in self.cards]
 
     @property
@@ -151,7 +144,7 @@ class Parents:
 
     def fill(self, slots: Sequence[Mapping], suggested: Mapping) -> list:
         """Updates for `filled`: a LoRA for each card, {} for none; a prompt that is not given is suggested by the file."""
-        choices, updates, kept = self.names(), [], {}
+        choices, updates, kept = self.place.names(), [], {}
         used = max([2, *(i + 1 for i, slot in enumerate(slots) if slot)])
         for i in range(MOST):
             given = dict(slots[i]) if i < len(slots) else {}
@@ -284,7 +277,7 @@ class Parents:
             )
         if len(found) > MOST:
             raise BadInput(f"the prompt has {len(found)} LoRAs", remedy=f"Keep {MOST} or fewer")
-        names = self.names()
+        names = self.place.names()
         missing = [name for name in found if name not in names]
         if missing:
             raise BadInput(
@@ -310,7 +303,7 @@ class Parents:
             ]
         except (ValueError, TypeError, KeyError, AttributeError):
             return slots
-        names = set(self.names())
+        names = set(self.place.names())
         return [slot if slot.get("lora") in names else {} for slot in kept] or slots
 
 

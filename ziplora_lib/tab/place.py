@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziplora_lib.catalogue import Catalogue
+from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.jobs import Job
 from ziplora_lib.tab.running import Runner
@@ -18,3 +19,11 @@ class Place:
     jobs: dict[str, Job]
     runner: Runner
     catalogue: Catalogue
+
+    def names(self) -> list[str]:
+        """The LoRAs that can be picked; none, and a line in the console, where the host has none to list."""
+        try:
+            return self.host.loras()
+        except BadInput as error:
+            print(f"ZipLoRA: {error}")
+            return []

@@ -21,8 +21,9 @@ from ziplora_lib.naming import ROLES, at_balance, at_strengths, of_halves
 from ziplora_lib.pictures import png
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import property_of
+from ziplora_lib.tab.merged import Merged
 from ziplora_lib.tab.place import Place
-from ziplora_lib.tab.running import QUIET, flat
+from ziplora_lib.tab.running import QUIET
 
 POINTS = 5
 # the first grid: around the strengths that were learned
@@ -50,14 +51,7 @@ class Strengths:
         self._folder = tempfile.TemporaryDirectory(prefix="ziplora-")
         gr.HTML(words.line("Makes the two sides of a merged LoRA stronger or weaker, without learning again."))
         with gr.Row():
-            self.lora = gr.Dropdown(
-                [],
-                label="Merged LoRA",
-                info="One that ZipLoRA made, the newest first",
-                elem_id="ziplora_strengths_lora",
-                scale=3,
-            )
-            refresh = gr.Button("Refresh", elem_id="ziplora_strengths_refresh", min_width=80, scale=0)
+            picker = Merged(place, "strengths")
         self.note = gr.HTML(elem_id="ziplora_strengths_note", elem_classes=["ziplora_note"])
         with gr.Row():
             self.prompt = gr.Textbox(
@@ -165,7 +159,7 @@ class Strengths:
             split = gr.Button("Split", elem_id="ziplora_strengths_split", min_width=160, scale=1)
         done = gr.HTML(elem_id="ziplora_strengths_saved")
 
-        self.filled = [self.lora]
+        self.lora, self.filled, self.updates = picker.lora, [picker.lora], picker.updates
         self.outputs = [self.gallery, self.summary, self.sheet, self.chosen]
         sliders = [self.point, self.first, self.second]
         lists = [self.firsts, self.seconds]
@@ -173,7 +167,6 @@ class Strengths:
         offered = place.runner.offer
         offered(draw_balance, self._strip_job, look, said, self.show, self.outputs, "strip")
         offered(draw_grid, self._grid_job, [*look, *lists], said, self.show, self.outputs, "grid")
-        refresh.click(lambda: flat(self._rescan()), None, self.filled, **QUIET)
         about_it = [self.note, self.prompt, self.seed, self.size, *sliders, *lists, self.output, self.halves, done]
         self.lora.change(self._picked, self.lora, [*about_it, *self.outputs], **QUIET)
         self.gallery.select(_choose, self.chosen, sliders, **QUIET)
@@ -184,14 +177,6 @@ class Strengths:
         ]
 
     # --- picking ---------------------------------------------------------------------------------------
-
-    def updates(self, name: str | None = None) -> list:
-        names = [entry.name for entry, _ in self.place.catalogue.zipped()]
-        return [gr.update(choices=names, value=name) if name in names else gr.update(choices=names)]
-
-    def _rescan(self) -> list:
-        self.place.host.refresh()
-        return self.updates()
 
     def _picked(self, name: str | None) -> list:
         """What is known of the LoRA goes into the page; pictures of the last one leave it."""

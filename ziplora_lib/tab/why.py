@@ -16,8 +16,9 @@ from ziplora_lib.findings import KINDS, Findings, Measure, summary
 from ziplora_lib.jobs import Job
 from ziplora_lib.merge.effect import Layers
 from ziplora_lib.tab import words
+from ziplora_lib.tab.merged import Merged
 from ziplora_lib.tab.place import Place
-from ziplora_lib.tab.running import QUIET, flat
+from ziplora_lib.tab.running import QUIET
 
 CHOICES = [words.capital(kind) for kind in KINDS]
 # these have colours of one meaning, so that they can be compared
@@ -33,14 +34,7 @@ class Why:
         self._folder = tempfile.TemporaryDirectory(prefix="ziplora-")
         gr.HTML(words.line("Shows what a merge did to its LoRAs, from the files alone: the model is not asked."))
         with gr.Row():
-            self.lora = gr.Dropdown(
-                [],
-                label="Merged LoRA",
-                info="One that ZipLoRA made, the newest first",
-                elem_id="ziplora_why_lora",
-                scale=3,
-            )
-            refresh = gr.Button("Refresh", elem_id="ziplora_why_refresh", min_width=80, scale=0)
+            picker = Merged(place, "why")
             button = gr.Button("Look", variant="primary", elem_id="ziplora_why_look", min_width=120, scale=0)
         said = gr.HTML(elem_id="ziplora_why_said")
         told = gr.HTML(elem_id="ziplora_why_summary")
@@ -64,20 +58,11 @@ class Why:
                 interactive=False,
                 elem_id="ziplora_why_files",
             )
-        self.filled = [self.lora]
+        self.lora, self.filled, self.updates = picker.lora, [picker.lora], picker.updates
         self.outputs = [told, self.job, result, self.kind, self.of, self.map, most, blocks, files]
         place.runner.offer(button, self._prepare, [self.lora], said, self.show, self.outputs, "why")
-        refresh.click(lambda: flat(self._rescan()), None, self.filled, **QUIET)
         self.kind.input(self._turn, [self.job, self.kind], [self.of, self.map], **QUIET)
         self.of.input(self._draw, [self.job, self.kind, self.of], self.map, **QUIET)
-
-    def updates(self, name: str | None = None) -> list:
-        names = [entry.name for entry, _ in self.place.catalogue.zipped()]
-        return [gr.update(choices=names, value=name) if name in names else gr.update(choices=names)]
-
-    def _rescan(self) -> list:
-        self.place.host.refresh()
-        return self.updates()
 
     def _prepare(self, name: str | None) -> Job:
         if not name:
