@@ -100,12 +100,14 @@ def test_what_is_printed_loops_over_the_parents(host, three, recipe_of):
 
 def test_the_tabs_words_loop_over_the_parents():
     pytest.importorskip("gradio")
-    from ziplora_lib.tab import _learned
+    from ziplora_lib.tab.result import _learned
 
     cast = [("subject", "dog"), ("subject", "cat"), ("style", "ink")]
     told = [{"role": r, "name": n, "title": f"{r} {n}" if r == "subject" else r} for r, n in cast]
     rows = _learned({"error": [0.2, 3.0, 0.5], "error_plain_sum": [2.0, 3.0, 0.4], "best_step": 7}, told)
-    assert [f"<i>{name}</i>" in rows for name in ("dog", "cat", "ink")] == [True] * 3
+    assert [
+        f"{role} {name}</th>" in rows for role, name in (("Subject", "dog"), ("Subject", "cat"), ("Style", "ink"))
+    ] == [True] * 3
 
 
 def test_the_comparison_has_a_row_for_each(host, three, recipe_of):
