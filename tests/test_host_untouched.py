@@ -168,7 +168,7 @@ def test_a_sheet_of_a_merged_lora_leaves_no_trace(host, recipe_of, ending):
     merged = host.peek("merged")
     plan = over_strengths(merged, drawing_recipe(merged), [1], [0.5, 1.5], [1.0])
     before_picture, before = picture(host), everything(host)
-    callback = {"finished": lambda _: None, "stopped": stop_in("preview", 1), "failed": raise_in("preview", 1)}[ending]
+    callback = {"finished": lambda _: None, "stopped": stop_in("draw", 1), "failed": raise_in("draw", 1)}[ending]
     if ending == "failed":
         with pytest.raises(Boom):
             draw(host, "merged", plan, callback)

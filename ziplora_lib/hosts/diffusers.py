@@ -46,6 +46,9 @@ SAMPLERS = {
 class DiffusersHost:
     """A pipeline. LoRAs are paths; what is merged goes into `folder`. Cond: (embeddings,), SDXL: (…, pooled, sizes)."""
 
+    # one job at a time in this process, whichever host it is on
+    _mine = threading.RLock()
+
     def __init__(self, model: str = "miniature", folder: Path = Path("."), device: str = "auto"):
         """model: one of MINIATURES, a pipeline's folder, a single .safetensors checkpoint, or a hub id. Raises BadInput."""
         self.folder = Path(folder)
@@ -55,7 +58,6 @@ class DiffusersHost:
         self.pipe.set_progress_bar_config(disable=True)
         self.base = base_of(self.pipe)
         self.adapted = {name: getattr(self.pipe, name) for name in ADAPTED if hasattr(self.pipe, name)}
-        self._mine = threading.RLock()
         self._latent: tuple[int, Tensor | None] = (0, None)
         # training's noise schedule, whatever the sampler makes of it
         self.alphas = self.pipe.scheduler.alphas_cumprod.clone()
