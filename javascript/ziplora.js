@@ -60,6 +60,7 @@ function ziplora_last(_given, ...rest) {
 // --- picking ----------------------------------------------------------------------------------------
 
 let ziplora_choice = {};
+let ziplora_listed; // which answer of the server is in the dialog
 
 function ziplora_dialog() {
     let dialog = gradioApp().getElementById("ziplora_dialog");
@@ -96,21 +97,25 @@ function ziplora_browse(card) {
     return [];
 }
 
-// the server's list is there
-function ziplora_browsed() {
-    setTimeout(() => {
-        const dialog = ziplora_dialog();
-        const found = gradioApp().querySelectorAll("#ziplora_list .ziplora_choice");
-        const choices = dialog.querySelector(".ziplora_choices");
-        choices.replaceChildren(...[...found].map((choice) => choice.cloneNode(true)));
-        if (!found.length) choices.textContent = gradioApp().querySelector("#ziplora_list").textContent;
-        const bases = [...new Set([...found].map((choice) => choice.dataset.base).filter(Boolean))].sort();
-        const select = dialog.querySelector("select");
-        const before = select.value;
-        select.replaceChildren(new Option("every base", ""), ...bases.map((base) => new Option(base, base)));
-        select.value = bases.includes(before) ? before : "";
-        ziplora_filter();
-    }, 50);
+// the server's list is there; gradio puts it into the page a moment later
+function ziplora_browsed(patience = 200) {
+    const list = gradioApp().querySelector("#ziplora_list [data-at]");
+    if (patience && (!list || list.dataset.at === ziplora_listed)) {
+        setTimeout(() => ziplora_browsed(patience - 1), 50);
+        return [];
+    }
+    ziplora_listed = list?.dataset.at;
+    const dialog = ziplora_dialog();
+    const found = list ? list.querySelectorAll(".ziplora_choice") : [];
+    const choices = dialog.querySelector(".ziplora_choices");
+    choices.replaceChildren(...[...found].map((choice) => choice.cloneNode(true)));
+    if (!found.length) choices.textContent = list?.textContent || "The list did not come: close this, and try again";
+    const bases = [...new Set([...found].map((choice) => choice.dataset.base).filter(Boolean))].sort();
+    const select = dialog.querySelector("select");
+    const before = select.value;
+    select.replaceChildren(new Option("every base", ""), ...bases.map((base) => new Option(base, base)));
+    select.value = bases.includes(before) ? before : "";
+    ziplora_filter();
     return [];
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import gradio as gr
@@ -186,9 +187,9 @@ class Parents:
     def cards_html(self) -> str:
         """All LoRAs as cards, for the list that JavaScript opens."""
         found, pictures = self.place.catalogue.look(), bool(self.place.host.option("thumbnails"))
-        if not found:
-            return words.line("There is no LoRA in the Lora folder yet.")
-        return "".join(_choice_html(entry, facts, pictures) for entry, facts in found)
+        cards = "".join(_choice_html(entry, facts, pictures) for entry, facts in found)
+        # another text each time, so that the page can tell when it has come
+        return f"<div data-at='{time.time()}'>{cards or words.line('There is no LoRA in the Lora folder yet.')}</div>"
 
     # --- what happens -------------------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ class Parents:
                 check(event)
             opening = {JS: f"() => ziplora_browse({i})"}
             opened = card["browse"].click(self.cards_html, None, self.list, **opening, **QUIET)
-            opened.then(None, None, None, **{JS: "ziplora_browsed"})
+            opened.then(None, None, None, **{JS: "() => ziplora_browsed()"})
         for button, make, script in (
             (self.swap, _swapped, ""),
             (self.from_prompt, self._of_prompt, "ziplora_prompt"),
