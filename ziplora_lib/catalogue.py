@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,19 @@ class Catalogue:
         """All that the host lists; a few milliseconds for each file that is new."""
         with self._looking:  # two pages at once: the second finds what the first has read
             return [(entry, self.facts(entry)) for entry in _listing(self.host)]
+
+    def at_once(self, seconds: float = 0.3) -> list[tuple[Entry, Facts]]:
+        """All that the host lists, with what is known or found within the time; the rest is looked at meanwhile."""
+        end, found, whole = time.monotonic() + seconds, [], True
+        for entry in _listing(self.host):
+            facts = self.known(entry)
+            if facts is None and time.monotonic() < end:
+                facts = self.facts(entry)
+            whole = whole and facts is not None
+            found.append((entry, facts or Facts()))
+        if not whole and not self._looking.locked():
+            threading.Thread(target=self.look, name="ziplora catalogue", daemon=True).start()
+        return found
 
     def zipped(self) -> list[tuple[Entry, Facts]]:
         """The LoRAs that ZipLoRA merged, the newest first."""

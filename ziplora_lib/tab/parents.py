@@ -186,7 +186,7 @@ class Parents:
 
     def cards_html(self) -> str:
         """All LoRAs as cards, for the list that JavaScript opens."""
-        found, pictures = self.place.catalogue.look(), bool(self.place.host.option("thumbnails"))
+        found, pictures = self.place.catalogue.at_once(), bool(self.place.host.option("thumbnails"))
         cards = "".join(_choice_html(entry, facts, pictures) for entry, facts in found)
         # another text each time, so that the page can tell when it has come
         return f"<div data-at='{time.time()}'>{cards or words.line('There is no LoRA in the Lora folder yet.')}</div>"
