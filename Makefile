@@ -20,8 +20,11 @@ $(VENV)/.tab: pyproject.toml $(VENV)/.headless
 	touch $@
 
 # the tab without a WebUI, on the miniature and what make try has left
-tab: $(VENV)/.tab try
+tab: $(VENV)/.tab try/merged.safetensors
 	$(BIN)/python -m ziplora_lib tab --folder try
+
+try/merged.safetensors:
+	$(MAKE) try
 
 try: $(VENV)/.headless
 	$(BIN)/python -m ziplora_lib.trial try

@@ -95,6 +95,15 @@ def write_folder(folder: Path, n: int, tensors: dict[str, tuple[int, ...]]) -> N
         save_file(values, folder / f"{name}.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
 
 
+def machine() -> dict[str, str | int | None]:
+    """What the figures were measured on."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+    }
+
+
 def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -177,12 +186,7 @@ def main() -> None:
             for what, seconds in {**in_python(host), **in_the_page(folder)}.items():
                 rows.setdefault(what, {})[f"{n} files"] = seconds
                 print(n, what, seconds, flush=True)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": sys.version.split()[0],
-    }
-    told = {"machine": machine, "tensors in a file": len(tensors), "rank": RANK, "seconds": rows}
+    told = {"machine": machine(), "tensors in a file": len(tensors), "rank": RANK, "seconds": rows}
     RESULT.write_text(json.dumps(told, indent=2) + "\n")
 
 

@@ -33,6 +33,15 @@ def add_api(_demo, app):
         api.add_routes(app, HOST, JOBS, api.credentials(shared.cmd_opts.api_auth))
 
 
-script_callbacks.on_ui_tabs(add_tab)
-script_callbacks.on_ui_settings(add_settings)
-script_callbacks.on_app_started(add_api)
+def on(event, callback):
+    """Registers a callback. Left to find out who calls, the WebUI looks through the whole stack, 30 ms each time."""
+    try:
+        callbacks = script_callbacks.callback_map[f"callbacks_{event}"]
+        script_callbacks.add_callback(callbacks, callback, category=event, filename=__file__)
+    except (AttributeError, KeyError, TypeError):  # another version
+        getattr(script_callbacks, f"on_{event}")(callback)
+
+
+on("ui_tabs", add_tab)
+on("ui_settings", add_settings)
+on("app_started", add_api)

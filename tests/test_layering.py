@@ -25,6 +25,8 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "later":
+            found.add(node.args[0].value)
     return found
 
 
@@ -98,3 +100,27 @@ for name in {CORE!r}:
     importlib.import_module("ziplora_lib." + name.removesuffix(".__init__"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_that_is_loaded_later_is_there_when_it_is_used():
+    names = {
+        node.args[0].value
+        for name in MODULES
+        for node in ast.walk(ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "later"
+    }
+    assert names
+    assert {name.removeprefix("ziplora_lib.") for name in names} <= set(MODULES)
+
+
+def test_the_tab_is_loaded_without_what_only_work_needs():
+    pytest.importorskip("gradio")
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+from ziplora_lib import api, tab
+work = ("job", "calibration", "comparison", "drawing", "many", "why")
+print(*(name for name in work if f"ziplora_lib.{{name}}" in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

@@ -20,13 +20,12 @@ from ziplora_lib.lora import writer
 from ziplora_lib.lora.bake import bake, in_order, origins, split, strengths
 from ziplora_lib.lora.reader import peek, read
 from ziplora_lib.merge import balance
+from ziplora_lib.naming import ROLES
 from ziplora_lib.options import OPTIONS
 from ziplora_lib.recipe import Recipe, parse
 
 # what these libraries say at import (a missing torchvision, for instance) is of no use to whoever merges LoRAs
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-ROLES = ("subject", "style")
 
 # recipe fields that are not plain flags of `zip`
 _OWN_FLAGS = {"parents", "output"}

@@ -11,12 +11,14 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import bake_balance, preflight, split_merged
 from ziplora_lib.jobs import Job, remember
+from ziplora_lib.later import later
 from ziplora_lib.lora.bake import origins, strengths
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse, schema
+
+merging = later("ziplora_lib.job")
 
 PREFIX = "/ziplora/v1"
 
@@ -67,7 +69,7 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
     @route("POST", "/preflight")
     def check(body: Any = Body(...)):  # noqa: B008
         try:
-            return preflight(recipe_of(body), host).report
+            return merging.preflight(recipe_of(body), host).report
         except BadInput as error:
             return refused(error)
 
@@ -75,7 +77,7 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
     def merge(body: Any = Body(...)):  # noqa: B008
         try:
             recipe = recipe_of(body)
-            preflight(recipe, host)
+            merging.preflight(recipe, host)
         except BadInput as error:
             return refused(error)
         job = Job.merge(recipe)
@@ -88,7 +90,7 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
         try:
             wanted = bake_request(body)
             weights = bake_weights(wanted, host.peek(wanted["lora"]))
-            return bake_balance(host, wanted["lora"], wanted["output"], weights, wanted.get("overwrite", False))
+            return merging.bake_balance(host, wanted["lora"], wanted["output"], weights, wanted.get("overwrite", False))
         except BadInput as error:
             return refused(error)
         except OSError as error:
@@ -98,7 +100,7 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
     def split_halves(body: Any = Body(...)):  # noqa: B008
         try:
             wanted = split_request(body)
-            return split_merged(host, wanted["lora"], wanted["outputs"], wanted.get("overwrite", False))
+            return merging.split_merged(host, wanted["lora"], wanted["outputs"], wanted.get("overwrite", False))
         except BadInput as error:
             return refused(error)
         except OSError as error:

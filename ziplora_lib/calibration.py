@@ -100,7 +100,7 @@ def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) ->
     guided against the bare model's empty prompt: what a LoRA of its own does to the empty prompt is the other's disturbance.
     Raises Stopped when the callback asks to stop: there is nothing to keep yet.
     """
-    held_out = max(4, recipe.samples // 8)
+    held_out = recipe.held_out
     total = sum(len(p.reference) or recipe.pictures for p in recipe.parents) + recipe.samples + held_out
     done = 0
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Entry, Host
+from ziplora_lib.lora.keys import span
+from ziplora_lib.lora.metadata import made_by
 from ziplora_lib.lora.reader import BASES, glance
 
 
@@ -25,32 +27,38 @@ class Facts:
     when: float = 0.0
 
 
+_Key = tuple[Path, int, int]
+
+
+def _key(entry: Entry) -> _Key | None:
+    """What a file is known by: path, time in nanoseconds, size. None where there is none any more."""
+    try:
+        stat = entry.path.stat()
+    except OSError:
+        return None
+    return entry.path, stat.st_mtime_ns, stat.st_size
+
+
 class Catalogue:
     """Facts by file, kept for as long as the file is the same one."""
 
     def __init__(self, host: Host):
         self.host = host
-        self._known: dict[tuple, Facts] = {}
+        self._known: dict[_Key, Facts] = {}
         self._looking = threading.Lock()
 
     def facts(self, entry: Entry) -> Facts:
         """Of one LoRA; looks at its file if that was not done yet. A file that cannot be read has a problem."""
-        try:
-            stat = entry.path.stat()
-        except OSError:
+        if (key := _key(entry)) is None:
             return Facts(problem="the file is gone")
-        key = (entry.path, stat.st_mtime_ns, stat.st_size)
         if key not in self._known:
-            self._known[key] = _facts(entry, stat.st_mtime)
+            self._known[key] = _facts(entry, key[1] / 1e9)
         return self._known[key]
 
     def known(self, entry: Entry) -> Facts | None:
         """The same, but None rather than a look at the file."""
-        try:
-            stat = entry.path.stat()
-        except OSError:
-            return None
-        return self._known.get((entry.path, stat.st_mtime_ns, stat.st_size))
+        key = _key(entry)
+        return None if key is None else self._known.get(key)
 
     def look(self) -> list[tuple[Entry, Facts]]:
         """All that the host lists; a few milliseconds for each file that is new."""
@@ -88,14 +96,8 @@ def _facts(entry: Entry, when: float) -> Facts:
         lora = glance(entry.path, whole=False)
     except BadInput as error:
         return Facts(problem=str(error), when=when)
-    ranks = lora.ranks
-    rank = "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-    try:
-        recipe = json.loads(lora.metadata.get("ziplora.recipe", "{}"))
-    except (ValueError, RecursionError):
-        recipe = {}
     kind = next((kind for kind in lora.kinds if kind != "LoRA"), "LoRA") if lora.kinds else ""
     base = BASES[lora.base] if lora.base != "unknown" else ""
     # a half keeps the recipe of the whole, but is no merge
-    whole = isinstance(recipe, dict) and "ziplora.split_from" not in lora.metadata
-    return Facts(base, kind, rank, "", recipe if whole else {}, when)
+    recipe = {} if "ziplora.split_from" in lora.metadata else made_by(lora)
+    return Facts(base, kind, span(lora.ranks), "", recipe, when)

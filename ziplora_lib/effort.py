@@ -18,7 +18,7 @@ def passes(recipe: Recipe) -> int:
     if recipe.method not in NEEDS_MODEL:
         return previews
     parents, rows = len(recipe.parents), 2 if recipe.loss_guidance > 1 else 1
-    held_out = max(4, recipe.samples // 8)
+    held_out = recipe.held_out
     made = sum(0 if parent.reference else recipe.pictures * pictured for parent in recipe.parents)
     predicted = (recipe.samples + held_out) * parents * (1 + rows)
     observed = recipe.samples * parents

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from ziplora_lib.inspection import brief
 from ziplora_lib.lora.limit import NEGLIGIBLE
-from ziplora_lib.merge.analysis import ELEMENT_ENERGIES, GROUPS, block_of, block_order
+from ziplora_lib.merge.analysis import ELEMENT_ENERGIES, GROUPS, block_of, block_order, brief
 from ziplora_lib.merge.effect import Effect, Layers
 
 # what is measured, and what it says

@@ -13,11 +13,11 @@ from safetensors import safe_open
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora import bake
-from ziplora_lib.lora.keys import is_unet, listed
+from ziplora_lib.lora.keys import is_unet, listed, span
 from ziplora_lib.lora.metadata import trigger_words
 from ziplora_lib.lora.reader import BASES, VERSIONS, Lora
 from ziplora_lib.merge import analysis
-from ziplora_lib.merge.analysis import Overlap, Sparsity, block_of, block_order
+from ziplora_lib.merge.analysis import Overlap, Sparsity, block_of, block_order, brief
 from ziplora_lib.merge.pairing import equalising
 
 # a layer group of analysis.py -> the part of the UNet that it is counted in
@@ -411,8 +411,8 @@ def compared_text(view: Mapping) -> str:
     parents = view["loras"]
     header = ["", "layers", "alone", "rank", "‖ΔW‖", "shared", "strength", "base", "dtype", "file"]
     rows = [
-        [p["label"], p["layers"], p["alone"], _span(p["ranks"]), _number(p["norm"], ".4g"), _number(p["norm_shared"], ".4g"),
-         _number(p["suggested_strength"], ".2f"), p["base"], p["dtype"], p["file"]]
+        [p["label"], p["layers"], p["alone"], span(p["ranks"]) or "-", _number(p["norm"], ".4g"),
+         _number(p["norm_shared"], ".4g"), _number(p["suggested_strength"], ".2f"), p["base"], p["dtype"], p["file"]]
         for p in parents
     ]  # fmt: skip
     sections = [_table(header, rows, last_left=True), _preflight_text(view)]
@@ -435,7 +435,7 @@ def _preflight_text(view: Mapping) -> str:
         f"{view['shared']} of {view['layers']} layers are in all ({view['shared_unet']} of the UNet, {text} of text "
         "encoders); alone: in this LoRA only",
         "strength: what brings ‖ΔW‖ of the shared layers to the same value; the right balance of a picture can be another",
-        f"merged in fp16: about {view['merged_bytes_fp16'] / 1e6:.1f} MB, rank {_span(view['merged_ranks'])}",
+        f"merged in fp16: about {view['merged_bytes_fp16'] / 1e6:.1f} MB, rank {span(view['merged_ranks']) or '-'}",
     ]
     if view["need_the_model"]:
         lines.append(f"layers that need the model: {view['need_the_model']}, left out of all numbers and of the size")
@@ -507,17 +507,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence], last_left: bool = Fa
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _span(ranks: Sequence[int]) -> str:
-    if not ranks:
-        return "-"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
-def brief(value: float) -> float:
-    """Six digits are more than fp16 factors have."""
-    return float(f"{value:.6g}")
 
 
 def _parsed(value: str) -> object:

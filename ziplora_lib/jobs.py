@@ -10,11 +10,13 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ziplora_lib import job as merging
 from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.hosts.host import Host
+from ziplora_lib.later import later
 from ziplora_lib.merge.method import Callback
 from ziplora_lib.recipe import Recipe
+
+merging = later("ziplora_lib.job")
 
 # (host, callback) -> an outcome: `public()` is it as JSON; a true `stopped` says that it was broken off and kept
 Work = Callable[[Host, Callback], Any]

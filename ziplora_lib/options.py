@@ -23,23 +23,22 @@ class Option:
     at_start: bool = False
 
 
-def _of_recipe(field: str, label: str, bounds: tuple[float, float, float] | None = None) -> Option:
+def _of_recipe(field: str, label: str, step: int = 1) -> Option:
     """The default that the tab shows for a field of the recipe."""
     about = schema()["properties"][field]
+    bounds = (about["minimum"], about["maximum"], step) if "minimum" in about else None
     return Option(about["default"], label, about["description"], tuple(about.get("enum", ())), bounds, True)
 
 
 OPTIONS = {
     "folder": Option("", "Folder for new LoRAs", "below the Lora folder; empty: the Lora folder itself"),
     "name": Option("{subject}-{style}", "Name of new LoRAs", "{subject}, {style}, {method} and {date} are filled in"),
-    "preview_size": Option(
-        0, "Preview size", "side of the pictures after a merge; 0: as the calibration's", bounds=(0, 2048, 64)
-    ),
+    "preview_size": _of_recipe("preview_size", "Preview size", 64),
     "thumbnails": Option(True, "Thumbnails", "pictures in the list of LoRAs"),
-    "steps": _of_recipe("steps", "Steps", (1, 1000, 1)),
-    "resolution": _of_recipe("resolution", "Resolution", (64, 2048, 64)),
+    "steps": _of_recipe("steps", "Steps"),
+    "resolution": _of_recipe("resolution", "Resolution", 64),
     "dtype": _of_recipe("dtype", "Precision"),
-    "at_once": _of_recipe("at_once", "Samples at once", (1, 32, 1)),
+    "at_once": _of_recipe("at_once", "Samples at once"),
     "checkpointing": _of_recipe("checkpointing", "Save memory"),
-    "balance_points": _of_recipe("balance_points", "Pictures along the balance", (1, 9, 2)),
+    "balance_points": _of_recipe("balance_points", "Pictures along the balance", 2),
 }

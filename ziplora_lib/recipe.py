@@ -192,6 +192,11 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         return [p.strength for p in self.parents]
 
     @property
+    def held_out(self) -> int:
+        """Samples of each LoRA that are learned on by none: what a merge is judged by."""
+        return max(4, self.samples // 8)
+
+    @property
     def whole_or_rank(self) -> int | None:
         """The rank for layers without factors; None to keep them whole."""
         return self.dense_rank or None

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _LOAD = "() => { const s = document.createElement('script'); s.src = 'ziplora.js'; document.head.append(s); }"
 
 
-def serve(host: DiffusersHost, port: int | None = None, address: str = "127.0.0.1", block: bool = True) -> str:
-    """Serves the tab for a headless host; returns its URL. block: until interrupted."""
+def serve(host: DiffusersHost, port: int | None = None, address: str = "127.0.0.1") -> None:
+    """Serves the tab for a headless host until it is interrupted. Raises OSError for a port that is taken."""
     jobs: dict[str, Job] = {}
     blocks = tab.build(host, jobs)
     style = (ROOT / "style.css").read_text("utf-8") + "footer { display: none !important; }"
@@ -41,10 +41,8 @@ def serve(host: DiffusersHost, port: int | None = None, address: str = "127.0.0.
     )
     add_page_routes(app, host, jobs)
     api.add_routes(app, host, jobs, None)
-    if block:
-        print(f"the ZipLoRA tab is at {url}", flush=True)
-        page.block_thread()
-    return url
+    print(f"the ZipLoRA tab is at {url}", flush=True)
+    page.block_thread()
 
 
 def add_page_routes(app: FastAPI, host: DiffusersHost, jobs: dict[str, Job]) -> None:

@@ -44,7 +44,10 @@ SAMPLERS = {
 
 
 class DiffusersHost:
-    """A pipeline. LoRAs are paths; what is merged goes into `folder`. Cond: (embeddings,), SDXL: (…, pooled, sizes)."""
+    """A pipeline. LoRAs are paths, or names in `folder`, where what is merged goes.
+
+    Cond: (embeddings,), SDXL: (…, pooled, sizes).
+    """
 
     # one job at a time in this process, whichever host it is on
     _mine = threading.RLock()

@@ -149,7 +149,13 @@ class WebuiHost:
                 f"the folder for new LoRAs, {self.option('folder')}, is not below the Lora folder",
                 remedy="Change it in Settings > ZipLoRA",
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"the folder for new LoRAs, {folder}, cannot be made ({error.strerror})",
+                remedy="Change it in Settings > ZipLoRA, or make the folder",
+            ) from error
         path = folder / f"{output}.safetensors"
         for name, entry in lora_extension().available_networks.items():
             if name.lower() == output.lower() and Path(entry.filename).resolve() != path.resolve():

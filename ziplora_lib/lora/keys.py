@@ -165,6 +165,11 @@ def listed(keys: Sequence[str]) -> str:
     return f"{len(keys)} layer{'s' * (len(keys) != 1)} ({', '.join(keys[:3])}{' …' if len(keys) > 3 else ''})"
 
 
+def span(ranks: Sequence[int]) -> str:
+    """Ranks in words, smallest first: "8", "4 to 16", "" for none."""
+    return "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
 # The spellings that a file can be saved in.
 LAYER_NAMES = ("kohya", "diffusers", "peft")
 

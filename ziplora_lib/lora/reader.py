@@ -126,9 +126,10 @@ def read(path: Path) -> Lora:
 
 
 def glance(path: Path, whole: bool = True) -> Lora:
-    """A LoRA by its header alone, in milliseconds: what `read` says of layers, kinds, ranks and base, but no values.
+    """A LoRA by its header alone: what `read` says of layers, kinds, ranks and base, but no values.
 
-    Its tensors are on the device "meta", its `hash` is its path. whole: all layers, else a dozen, for a list of many files.
+    Its tensors are on the device "meta", but settings of one number, such as alpha, are 1: a value each, scattered over a
+    file, costs more than all headers. Its `hash` is its path. whole: all layers, else a dozen, for a list of many files.
     Raises BadInput as `read` does, as far as shapes tell.
     """
     path = Path(path)
@@ -154,12 +155,12 @@ _OUTLINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "
 
 
 def _outline(file, name: str) -> Tensor:
-    """A tensor's shape and dtype without its values; settings of one number, and rare dtypes, as they are."""
+    """A tensor's shape and dtype without its values; a single number as 1, and a rare dtype as it is."""
     outline = file.get_slice(name)
     shape, dtype = outline.get_shape(), _OUTLINED.get(outline.get_dtype())
-    if dtype is None or math.prod(shape) <= 1:
+    if dtype is None:
         return file.get_tensor(name)
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.ones(shape, dtype=dtype) if math.prod(shape) == 1 else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _finite(tensor: Tensor) -> bool:

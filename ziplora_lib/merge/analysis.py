@@ -226,3 +226,8 @@ def mean_sparsity(layers: Iterable[tuple[int, Sparsity]]) -> Sparsity | None:
         sum(layer.rows for layer in found),
         sum(layer.out for layer in found),
     )
+
+
+def brief(value: float) -> float:
+    """Six digits are more than fp16 factors have."""
+    return float(f"{value:.6g}")

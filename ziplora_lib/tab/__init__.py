@@ -39,7 +39,7 @@ def build(host: Host, jobs: dict[str, Job]) -> gr.Blocks:
         # their lists are read when they are looked at, not while the WebUI starts
         to_strengths.select(lambda: flat(strength.updates()), None, strength.filled, **QUIET)
         to_why.select(lambda: flat(reasons.updates()), None, reasons.filled, **QUIET)
-        to_many.select(batch.listed, None, batch.pickers, **QUIET)
+        to_many.select(batch.listed, None, batch.pickers, **QUIET).then(*batch.looking, **QUIET)
         to_history.select(past.listed, None, past.outputs, **QUIET)
         for button, section, name in (
             (zipping.result.to_strengths, strength, "strengths"),

@@ -9,8 +9,6 @@ import gradio as gr
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host
-from ziplora_lib.naming import ROLES as ROLES  # for the sections of the tab
-from ziplora_lib.naming import named as named
 from ziplora_lib.options import OPTIONS
 from ziplora_lib.recipe import Recipe, parse, schema
 from ziplora_lib.tab.words import capital

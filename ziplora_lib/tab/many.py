@@ -13,17 +13,19 @@ from pathlib import Path
 import gradio as gr
 
 from ziplora_lib import effort
-from ziplora_lib.batch import Batch, Outcome
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.jobs import Job
-from ziplora_lib.many import Chosen, Pair, Planned, drafted, run_many, with_preflight
+from ziplora_lib.later import later
 from ziplora_lib.merge.method import Callback
+from ziplora_lib.naming import ROLES
 from ziplora_lib.recipe import Recipe
 from ziplora_lib.tab import words
-from ziplora_lib.tab.controls import ROLES, recipe_of
+from ziplora_lib.tab.controls import recipe_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+
+batches, merges = later("ziplora_lib.batch"), later("ziplora_lib.many")
 
 # fields of the section Zip that are decided here
 OWN = {"output", "overwrite", "balance_points"}
@@ -37,7 +39,7 @@ SEEN = 200
 class Plan:
     """The pairs as the job of the button Plan has looked them over."""
 
-    planned: list[Planned]
+    planned: list[merges.Planned]
 
     def public(self) -> dict:
         return {"pairs": [{"name": one.output, "problem": one.problem, "taken": one.taken} for one in self.planned]}
@@ -49,7 +51,10 @@ def build(place: Place, settings: Mapping[str, gr.components.Component]) -> Many
 
 
 class Many:
-    """`pickers` list the LoRAs; `listed()` gives updates for them."""
+    """`pickers` list the LoRAs, `listed()` gives updates for them; `looking` is the event that tells of the pairs.
+
+    The settings are another section's: this one looks at them whenever it is opened.
+    """
 
     def __init__(self, place: Place, settings: Mapping[str, gr.components.Component]):
         self.place = place
@@ -117,12 +122,9 @@ class Many:
 
         own = [*self.pickers, self.existing]
         inputs = [*self.pickers, self.prompts, self.pattern, self.existing, *self.settings.values()]
-        for event in (
-            *(component.change for component in (*own, *self.settings.values())),
-            self.prompts.blur,
-            self.pattern.blur,
-        ):
-            event(self.looked_at, inputs, self.table, **QUIET)
+        self.looking = (self.looked_at, inputs, self.table)
+        for event in (*(component.change for component in own), self.prompts.blur, self.pattern.blur):
+            event(*self.looking, **QUIET)
         refresh.click(self._rescan, None, self.pickers, **QUIET)
         place.runner.offer(plan_button, self.planning, inputs, said, self.plan_shown, [self.table], "plan")
         shown = [self.table, self.sheet, self.reports, *self.pickers]
@@ -140,7 +142,7 @@ class Many:
 
     # --- from the page to a plan ------------------------------------------------------------------------------
 
-    def _drafted(self, values: Sequence) -> list[Planned]:
+    def _drafted(self, values: Sequence) -> list[merges.Planned]:
         """The pairs that the page asks for. Raises BadInput where that cannot be told."""
         subjects, styles, prompts, pattern, existing, *rest = values
         for role, chosen in zip(ROLES, (subjects, styles)):
@@ -150,12 +152,12 @@ class Many:
         settings = recipe_of(parents, dict(zip(self.settings, rest))).dict(exclude={"parents", "output"})
         given = prompts_of(prompts or "", {*subjects, *styles})
         pairs = [
-            Pair(Chosen(subject, given.get(subject, "")), Chosen(style, given.get(style, "")))
+            merges.Pair(merges.Chosen(subject, given.get(subject, "")), merges.Chosen(style, given.get(style, "")))
             for subject in subjects
             for style in styles
         ]
         host = self.place.host
-        return drafted(pairs, pattern or "", settings, existing, host.peek, host.destination)
+        return merges.drafted(pairs, pattern or "", settings, existing, host.peek, host.destination)
 
     def looked_at(self, *values) -> str:
         """The plan as far as it is known at once."""
@@ -164,7 +166,7 @@ class Many:
         until = time.monotonic() + SOON
         try:
             planned = self._drafted(values)
-            return self._table(with_preflight(planned, self.place.host, lambda _: time.monotonic() > until))
+            return self._table(merges.with_preflight(planned, self.place.host, lambda _: time.monotonic() > until))
         except BadInput as error:
             return words.error(str(error))
         except Exception as error:
@@ -175,7 +177,7 @@ class Many:
         planned = self._drafted(values)
 
         def work(host: Host, callback: Callback) -> Plan:
-            return Plan(with_preflight(planned, host, callback))
+            return Plan(merges.with_preflight(planned, host, callback))
 
         return Job("plan", "Plan", work, planned)
 
@@ -189,8 +191,8 @@ class Many:
                 remedy="See the table, and press Plan to look again",
             )
 
-        def work(host: Host, callback: Callback) -> Batch:
-            return run_many(with_preflight(planned, host, callback), host, callback)
+        def work(host: Host, callback: Callback) -> batches.Batch:
+            return merges.run_many(merges.with_preflight(planned, host, callback), host, callback)
 
         return Job("many", f"{len(to_do)} pairs" if len(to_do) > 1 else to_do[0].output, work, planned)
 
@@ -215,7 +217,7 @@ class Many:
             *self.listed(),
         ]
 
-    def _table(self, planned: Sequence[Planned]) -> str:
+    def _table(self, planned: Sequence[merges.Planned]) -> str:
         """The pairs, then what they take together."""
         facts = self._facts({chosen.lora for one in planned for chosen in (one.pair.subject, one.pair.style)})
         wrong = [one for one in planned if one.refusal]
@@ -265,7 +267,7 @@ def timed(jobs: Iterable[Job]) -> list[tuple[Recipe, float]]:
     return found
 
 
-def together(planned: Sequence[Planned], known: Sequence[tuple[Recipe, float]]) -> str:
+def together(planned: Sequence[merges.Planned], known: Sequence[tuple[Recipe, float]]) -> str:
     """How many there are, and what they take: time and size."""
     to_do = [one for one in planned if one.to_do]
     taken, wrong = (
@@ -288,11 +290,11 @@ def together(planned: Sequence[Planned], known: Sequence[tuple[Recipe, float]]) 
     return f"{said} {len(to_do) - len(sizes)} were not looked at yet: press Plan to see whether they fit the model."
 
 
-def _row(one: Planned, facts: Mapping[str, str]) -> list:
+def _row(one: merges.Planned, facts: Mapping[str, str]) -> list:
     sources = dict(zip(ROLES, one.sources))
     prompts = {parent.role: parent.prompt for parent in one.recipe.parents} if one.recipe else {}
 
-    def cell(role: str, chosen: Chosen) -> str:
+    def cell(role: str, chosen: merges.Chosen) -> str:
         known = f" ({facts[chosen.lora]})" if facts.get(chosen.lora) else ""
         prompt = prompts.get(role, "")
         shortened = prompt if len(prompt) <= 80 else prompt[:80] + " …"
@@ -303,7 +305,7 @@ def _row(one: Planned, facts: Mapping[str, str]) -> list:
     return [one.output, cell("subject", one.pair.subject), cell("style", one.pair.style), state]
 
 
-def outcomes_table(batch: Batch, seconds: float) -> str:
+def outcomes_table(batch: batches.Batch, seconds: float) -> str:
     """What became of every pair."""
     head = words.line(f"{words.capital(batch.counted())}, in {words.duration(seconds)}.")
     return head + words.table(
@@ -311,14 +313,14 @@ def outcomes_table(batch: Batch, seconds: float) -> str:
     )
 
 
-def _outcome(one: Outcome) -> list:
+def _outcome(one: batches.Outcome) -> list:
     wrong = words.Wrong if one.state in ("failed", "refused") else str
     said = f"{one.tag} {one.said}".strip()
     spent = words.duration(one.seconds) if one.seconds else ""
     return [one.name, one.subject, one.style, wrong(one.state), spent, wrong(said)]
 
 
-def reports(batch: Batch) -> list[str]:
+def reports(batch: batches.Batch) -> list[str]:
     """The files to download."""
     folder = Path(tempfile.mkdtemp(prefix="ziplora-"))
     table, data = folder / "zip-many.csv", folder / "zip-many.json"

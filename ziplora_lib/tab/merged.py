@@ -8,7 +8,7 @@ from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET, flat
 
 
-class Merged:
+class MergedPicker:
     """A picker and its refresh. `updates(name)` are updates for `[lora]`: those there are now, this one picked."""
 
     def __init__(self, place: Place, section: str):

@@ -14,8 +14,9 @@ from ziplora_lib.catalogue import Facts
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Entry
 from ziplora_lib.lora.metadata import trigger_words
+from ziplora_lib.naming import ROLES
 from ziplora_lib.tab import words
-from ziplora_lib.tab.controls import ROLES, hint, property_of
+from ziplora_lib.tab.controls import hint, property_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 

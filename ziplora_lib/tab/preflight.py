@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ziplora_lib import effort
 from ziplora_lib.jobs import Job
+from ziplora_lib.lora.keys import span
 from ziplora_lib.merge import NEEDS_MODEL
 from ziplora_lib.recipe import Recipe
 from ziplora_lib.tab import words
@@ -46,19 +47,13 @@ def _side_by_side(parents: Sequence[Mapping], strengths: Sequence[float], whole:
         row("LoRA", plain([p["name"] for p in parents])),
         row("Base", plain([p["base"] for p in parents])),
         row("Kind", plain([", ".join(p["kinds"]) for p in parents])),
-        row("Rank", plain([_ranks(p["ranks"]) for p in parents])),
+        row("Rank", plain([span(p["ranks"]) or "none" for p in parents])),
         row("Layers", plain([_matched(p) for p in parents])),
         row("Norm", _bars([p["norm"] and p["norm"] * w for p, w in zip(parents, strengths)], whole)),
     ]
     return (
         f"<table class='ziplora_table'><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    if len(ranks) > 3:
-        return f"{ranks[0]} to {ranks[-1]}"
-    return ", ".join(map(str, ranks)) or "none"
 
 
 def _matched(parent: Mapping) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from ziplora_lib.comparison import comparison
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import Result, bake_balance
 from ziplora_lib.jobs import Job
+from ziplora_lib.later import later
 from ziplora_lib.lora.bake import origins
 from ziplora_lib.merge import balance
 from ziplora_lib.naming import at_balance
@@ -20,6 +19,8 @@ from ziplora_lib.tab.controls import in_labels
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 from ziplora_lib.verdict import short
+
+comparing, merging = later("ziplora_lib.comparison"), later("ziplora_lib.job")
 
 
 class ResultCard:
@@ -126,7 +127,7 @@ class ResultCard:
                 text = words.error(said, what) if job.state == "failed" else words.line(words.capital(said))
             nothing = gr.update(value=[], visible=False)
             return [hidden, "", "", nothing, text, 0, "", "", hidden, "", no_sheet, ""]
-        result: Result = job.result
+        result: merging.Result = job.result
         pictures = [(picture, _caption(point, result)) for point, picture in result.pictures]
         gallery = gr.update(value=pictures, columns=max(1, len(pictures)), visible=bool(pictures))
         seen, prompt = gr.update(visible=True), job.asked.picture_prompt
@@ -160,7 +161,7 @@ class ResultCard:
         return Job(
             "compare",
             f"{path.stem} beside its LoRAs",
-            lambda host, callback: comparison(recipe, path, host, chosen, callback, prompt.strip()),
+            lambda host, callback: comparing.comparison(recipe, path, host, chosen, callback, prompt.strip()),
         )
 
     def _save(self, current: str, value: float, output: str) -> str:
@@ -170,7 +171,7 @@ class ResultCard:
             parents = origins(host.peek(name))
             roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
             output = output.strip() or at_balance(name, value, balance.side(value, roles, names))
-            done = bake_balance(host, name, output, balance.weights(value, roles))
+            done = merging.bake_balance(host, name, output, balance.weights(value, roles))
         except (BadInput, OSError) as error:
             return words.error(str(error), "Not saved")
         return words.line(f"Saved: {done['tag']} ({words.size(done['bytes'])})")
@@ -193,7 +194,7 @@ def _chosen_balance(pictures, chosen: gr.SelectData):
     return balance.points(len(pictures))[chosen.index]
 
 
-def _caption(point: float, result: Result) -> str:
+def _caption(point: float, result: merging.Result) -> str:
     parents = result.preflight["parents"]
     return balance.caption(point, [p["role"] for p in parents], [p["name"] for p in parents])
 

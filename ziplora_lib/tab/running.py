@@ -106,17 +106,10 @@ class Runner:
                 job.start(self.host)
                 return [*began(job), "", *show(None)]
 
-            def ended(job_id: str, show=show, outputs=outputs, what=what):
-                job = self.jobs.get(job_id)
-                if job is None or job.kind != what:
-                    return flat([gr.update() for _ in outputs])
-                return flat(show(job))
-
             started = button.click(start, inputs, [*state, said, *outputs], **QUIET)
             watched = started.then(self.watch, self.job, self.live, **{JS: "ziplora_watch"}, **QUIET)
-            watched.then(ended, self.job, outputs, **QUIET).then(
-                released, None, [*state, self.live, self.stopping], **QUIET
-            )
+            shown = watched.then(self._shown(show, outputs, what), self.job, outputs, **QUIET)
+            shown.then(released, None, [*state, self.live, self.stopping], **QUIET)
 
         def rejoin():
             job = busy()
@@ -125,14 +118,18 @@ class Runner:
         resumed = self.resume.click(rejoin, None, state, **{JS: "ziplora_rejoined"}, **QUIET)
         resumed = resumed.then(self.watch, self.job, self.live, **{JS: "ziplora_watch"}, **QUIET)
         for _, _, _, _, show, outputs, what in self._offers:
-
-            def found(job_id: str, show=show, outputs=outputs, what=what):
-                job = self.jobs.get(job_id)
-                return flat(show(job) if job and job.kind == what else [gr.update() for _ in outputs])
-
-            resumed = resumed.then(found, self.job, outputs, **QUIET)
+            resumed = resumed.then(self._shown(show, outputs, what), self.job, outputs, **QUIET)
         resumed.then(released, None, [*state, self.live, self.stopping], **QUIET)
         self.stop_button.click(self.stop, self.job, [self.stop_button, self.stopping], queue=False, **QUIET)
+
+    def _shown(self, show: Callable[[Job | None], Sequence], outputs: Sequence, what: str) -> Callable[[str], object]:
+        """What has come of a job, if it is one of this kind."""
+
+        def shown(job_id: str):
+            job = self.jobs.get(job_id)
+            return flat(show(job) if job and job.kind == what else [gr.update() for _ in outputs])
+
+        return shown
 
     def watch(self, job_id: str):
         """What is seen of a job, again and again until it has ended."""

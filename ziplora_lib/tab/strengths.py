@@ -10,10 +10,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from ziplora_lib.drawing import Plan, Sheet, along_balance, cast, draw, over_strengths, recipe_of
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import bake_balance, split_merged
 from ziplora_lib.jobs import Job
+from ziplora_lib.later import later
 from ziplora_lib.lora.bake import origins
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
@@ -21,9 +20,11 @@ from ziplora_lib.naming import ROLES, at_balance, at_strengths, of_halves
 from ziplora_lib.pictures import png
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import property_of
-from ziplora_lib.tab.merged import Merged
+from ziplora_lib.tab.merged import MergedPicker
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+
+drawing, merging = later("ziplora_lib.drawing"), later("ziplora_lib.job")
 
 POINTS = 5
 # the first grid: around the strengths that were learned
@@ -35,7 +36,7 @@ class Asked:
     """A sheet that was asked for. chosen: for each picture what it sets the sliders to, (balance,) or (first, second)."""
 
     name: str
-    plan: Plan
+    plan: drawing.Plan
     chosen: list[tuple[float, ...]]
 
 
@@ -51,7 +52,7 @@ class Strengths:
         self._folder = tempfile.TemporaryDirectory(prefix="ziplora-")
         gr.HTML(words.line("Makes the two sides of a merged LoRA stronger or weaker, without learning again."))
         with gr.Row():
-            picker = Merged(place, "strengths")
+            picker = MergedPicker(place, "strengths")
         self.note = gr.HTML(elem_id="ziplora_strengths_note", elem_classes=["ziplora_note"])
         with gr.Row():
             self.prompt = gr.Textbox(
@@ -184,8 +185,8 @@ class Strengths:
         try:
             if name:
                 lora = self._opened(name)
-                parents, recipe = origins(lora), recipe_of(lora)
-                sides, halves = balance.sides(*cast(lora)), of_halves(lora.name, parents)
+                parents, recipe = origins(lora), drawing.recipe_of(lora)
+                sides, halves = balance.sides(*drawing.cast(lora)), of_halves(lora.name, parents)
                 prompt, seed, size = recipe.picture_prompt, recipe.seed, recipe.picture_size
                 note = words.line("Merged of " + " and ".join(f"{p['role']} {p['name']}" for p in parents) + ".")
         except BadInput as error:
@@ -209,22 +210,28 @@ class Strengths:
 
     def _strip_job(self, name: str | None, prompt: str, seed: int | None, size: int) -> Job:
         lora = self._opened(name)
-        recipe = recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
-        plan = along_balance(lora, recipe, [recipe.seed], POINTS)
+        recipe = drawing.recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
+        plan = drawing.along_balance(lora, recipe, [recipe.seed], POINTS)
         asked = Asked(lora.name, plan, [(point,) for point in balance.points(POINTS)])
         return Job(
-            "strip", f"{lora.name} along the balance", lambda host, callback: draw(host, name, plan, callback), asked
+            "strip",
+            f"{lora.name} along the balance",
+            lambda host, callback: drawing.draw(host, name, plan, callback),
+            asked,
         )
 
     def _grid_job(self, name: str | None, prompt: str, seed: int | None, size: int, firsts: str, seconds: str) -> Job:
         lora = self._opened(name)
-        recipe = recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
-        sides = balance.sides(*cast(lora))
+        recipe = drawing.recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
+        sides = balance.sides(*drawing.cast(lora))
         across, down = (_numbers(text, _label(side, many=True)) for text, side in zip((firsts, seconds), sides))
-        plan = over_strengths(lora, recipe, [recipe.seed], across, down)
+        plan = drawing.over_strengths(lora, recipe, [recipe.seed], across, down)
         asked = Asked(lora.name, plan, [(x, y) for y in down for x in across])
         return Job(
-            "grid", f"{lora.name} at other strengths", lambda host, callback: draw(host, name, plan, callback), asked
+            "grid",
+            f"{lora.name} at other strengths",
+            lambda host, callback: drawing.draw(host, name, plan, callback),
+            asked,
         )
 
     def show(self, job: Job | None) -> list:
@@ -236,7 +243,7 @@ class Strengths:
             elif job is not None:
                 text = words.line("Stopped before the first picture.")
             return [gr.update(value=[], visible=False), text, gr.update(value=None, visible=False), []]
-        sheet: Sheet = job.result
+        sheet: drawing.Sheet = job.result
         asked: Asked = job.asked
         recipe = asked.plan.recipe
         wanted = len(asked.chosen)
@@ -255,24 +262,26 @@ class Strengths:
 
     def _save_balance(self, name: str | None, point: float, output: str) -> list:
         def save() -> list[dict]:
-            roles, names = cast(self._opened(name))
+            roles, names = drawing.cast(self._opened(name))
             wanted = output.strip() or at_balance(name, point, balance.side(point, roles, names))
-            return [bake_balance(self.place.host, name, wanted, balance.weights(point, roles))]
+            return [merging.bake_balance(self.place.host, name, wanted, balance.weights(point, roles))]
 
         return self._told(save)
 
     def _save_two(self, name: str | None, first: float, second: float, output: str) -> list:
         def save() -> list[dict]:
-            roles, _ = cast(self._opened(name))
+            roles, _ = drawing.cast(self._opened(name))
             wanted = output.strip() or at_strengths(name, first, second)
-            return [bake_balance(self.place.host, name, wanted, balance.spread(first, second, roles))]
+            return [merging.bake_balance(self.place.host, name, wanted, balance.spread(first, second, roles))]
 
         return self._told(save)
 
     def _split(self, name: str | None, halves: str) -> list:
         def save() -> list[dict]:
             self._opened(name)
-            return split_merged(self.place.host, name, [half.strip() for half in halves.split(",") if half.strip()])
+            return merging.split_merged(
+                self.place.host, name, [half.strip() for half in halves.split(",") if half.strip()]
+            )
 
         return self._told(save)
 

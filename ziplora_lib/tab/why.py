@@ -10,15 +10,18 @@ from pathlib import Path
 
 import gradio as gr
 
-from ziplora_lib import charts, why
+from ziplora_lib import charts
 from ziplora_lib.errors import BadInput
 from ziplora_lib.findings import KINDS, Findings, Measure, summary
 from ziplora_lib.jobs import Job
+from ziplora_lib.later import later
 from ziplora_lib.merge.effect import Layers
 from ziplora_lib.tab import words
-from ziplora_lib.tab.merged import Merged
+from ziplora_lib.tab.merged import MergedPicker
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+
+why = later("ziplora_lib.why")
 
 CHOICES = [words.capital(kind) for kind in KINDS]
 # these have colours of one meaning, so that they can be compared
@@ -34,7 +37,7 @@ class Why:
         self._folder = tempfile.TemporaryDirectory(prefix="ziplora-")
         gr.HTML(words.line("Shows what a merge did to its LoRAs, from the files alone: the model is not asked."))
         with gr.Row():
-            picker = Merged(place, "why")
+            picker = MergedPicker(place, "why")
             button = gr.Button("Look", variant="primary", elem_id="ziplora_why_look", min_width=120, scale=0)
         said = gr.HTML(elem_id="ziplora_why_said")
         told = gr.HTML(elem_id="ziplora_why_summary")

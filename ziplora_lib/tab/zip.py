@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Mapping
 
 import gradio as gr
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.job import preflight
 from ziplora_lib.jobs import Job
+from ziplora_lib.later import later
+from ziplora_lib.naming import named
 from ziplora_lib.recipe import Recipe, schema
 from ziplora_lib.tab import words
-from ziplora_lib.tab.controls import ADVANCED, control, default_of, in_labels, named, recipe_of, shown
+from ziplora_lib.tab.controls import ADVANCED, control, default_of, in_labels, recipe_of, shown
 from ziplora_lib.tab.parents import MOST, Parents
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.preflight import ready
 from ziplora_lib.tab.result import ResultCard
 from ziplora_lib.tab.running import JS, QUIET
+
+merging = later("ziplora_lib.job")
 
 # what changes what the preflight says
 CHECKED = (
@@ -68,17 +72,16 @@ class Zip:
         self.filled = [*self.parents.filled, *self.settings.values(), checked]
 
         # the check that was asked for last in each page: an earlier one that takes longer must not overwrite its answer
-        latest: dict[str, int] = {}
+        latest, numbers = {}, itertools.count()
         page_id = gr.Textbox(visible=False, elem_id="ziplora_page")
 
         def check(page: str, *values):
-            latest[page] = mine = latest.get(page, 0) + 1
+            latest[page] = mine = next(numbers)
             if len(self.parents.of(values)) < 2:
                 yield ""
                 return
             for whole in (False, True):
-                answer = self._checked(values, whole)
-                if latest.get(page) == mine:
+                if latest.get(page) == mine and (answer := self._checked(values, whole)) and latest.get(page) == mine:
                     yield answer
             if latest.get(page) == mine:
                 del latest[page]
@@ -132,7 +135,7 @@ class Zip:
         try:
             recipe = self.recipe(values)
             return ready(
-                preflight(recipe, self.place.host, whole).report, recipe, list(self.place.jobs.values()), whole
+                merging.preflight(recipe, self.place.host, whole).report, recipe, list(self.place.jobs.values()), whole
             )
         except BadInput as error:
             return words.error(in_labels(str(error)))
@@ -142,5 +145,7 @@ class Zip:
 
     def _job(self, *values) -> Job:
         recipe = self.recipe(values)
-        preflight(recipe, self.place.host, values=False)  # what headers tell is refused now, the rest by the job
+        merging.preflight(
+            recipe, self.place.host, values=False
+        )  # what headers tell is refused now, the rest by the job
         return Job.merge(recipe)
