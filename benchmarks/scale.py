@@ -77,14 +77,17 @@ def unet(size: Size) -> UNet2DConditionModel:
     return model.requires_grad_(False).train()  # checkpoints count in train mode only, and there is no dropout
 
 
-def random_pair(model: UNet2DConditionModel, rank: int) -> tuple[Pairing, dict[str, Slot]]:
+def random_pair(
+    model: UNet2DConditionModel, rank: int, parents: int = 2, where: str = ".attn"
+) -> tuple[Pairing, dict[str, Slot]]:
+    """LoRAs with random factors on the matrices whose names have `where` in them."""
     generator = torch.Generator().manual_seed(1)
     slots, stacks = {}, {}
     for name, module in model.named_modules():
-        if ".attn" in name and isinstance(module, torch.nn.Linear):
+        if where in name and isinstance(module, torch.nn.Linear):
             key = layer_key(f"unet.{name}")
             deltas = []
-            for _ in range(2):
+            for _ in range(parents):
                 up, down = (
                     torch.randn(s, generator=generator)
                     for s in ((len(module.weight), rank), (rank, module.in_features))
@@ -103,7 +106,7 @@ class RandomModel:
         self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # SDXL's
 
     def model(self) -> Model:
-        return Model("random", "sdxl", "cpu", "fp32", "epsilon")
+        return Model("random", "sdxl", str(self.unet.device), str(self.unet.dtype).removeprefix("torch."), "epsilon")
 
     def sample(self, prompt: str, seed: int, *_) -> Tensor:
         return torch.randn(1, 4, self.size.latent, self.size.latent, generator=torch.Generator().manual_seed(seed))
@@ -116,9 +119,12 @@ class RandomModel:
         return torch.randn(1, 77, 2048, generator=generator), torch.randn(1, 1280, generator=generator)
 
     def predict(self, x: Tensor, t: Tensor, conds: Sequence[tuple]) -> Tensor:
-        states, pooled = (torch.cat(parts) for parts in zip(*conds))
-        added = {"text_embeds": pooled, "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(len(x), -1)}
-        return self.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        here = {"device": self.unet.device, "dtype": self.unet.dtype}
+        states, pooled = (torch.cat(parts).to(**here) for parts in zip(*conds))
+        sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(len(x), -1).to(**here)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        told = self.unet(x.to(**here), t.to(here["device"]), encoder_hidden_states=states, added_cond_kwargs=added)
+        return told.sample.float()
 
 
 def measured(size: Size) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.keys import spelled
+from ziplora_lib.lora.reader import tensor_sha256
 from ziplora_lib.lora.stack import Stack
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -101,15 +102,16 @@ def write(
     if taken := sorted(tensors.keys() & extra.keys()):
         raise BadInput("stands twice in what is to be saved", key=taken[0], remedy="Report this as an error of ZipLoRA")
     tensors |= {name: _cast(name, value, DTYPES[dtype]) for name, value in extra.items()}
-    body_hash = _body_sha256(save(tensors))
+    header, body = _parts(save(tensors))
+    body_hash = hashlib.sha256(body).hexdigest()
     metadata = {name: value for name, value in metadata.items() if name != _ADAPTER_SETTINGS}
     metadata |= {"sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
     if names == "diffusers" and (settings := _adapter_settings(stacks, base)):
         metadata[_ADAPTER_SETTINGS] = json.dumps(settings, sort_keys=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}")
     try:
-        data = _ordered(save(tensors, metadata={name: _text(value) for name, value in metadata.items()}))
-        _write_synced(part, data)
+        header = _header({"__metadata__": {name: _text(value) for name, value in metadata.items()}, **header})
+        _write_synced(part, header, body)
         _compare(part, tensors, body_hash)
         _rename(part, path, overwrite)
         for ending in (".png", ".balance.png"):  # pictures of what was overwritten
@@ -119,7 +121,7 @@ def write(
         part.unlink(missing_ok=True)
     return {
         "sha256": body_hash,
-        "bytes": len(data),
+        "bytes": len(header) + len(body),
         "largest_error": _largest_error(stacks, tensors, names, base, extra),
     }
 
@@ -216,21 +218,23 @@ def _adapter_settings(stacks: Mapping[str, Stack], base: str) -> dict:
     return settings
 
 
-def _ordered(data: bytes) -> bytes:
-    """The same file with its header in a fixed order: safetensors writes the metadata in another one each time."""
-    body = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:body]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
-    return len(header).to_bytes(8, "little") + header + data[body:]
+def _parts(data: bytes) -> tuple[dict, memoryview]:
+    """A safetensors file's header and its body, which is not copied: it can have hundreds of megabytes."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:begin]), memoryview(data)[begin:]
 
 
-def _body_sha256(data: bytes) -> str:
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+def _header(fields: Mapping) -> bytes:
+    """A header as the file has it, in a fixed order: safetensors writes the metadata in another one each time."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
 
 
-def _write_synced(part: Path, data: bytes) -> None:
+def _write_synced(part: Path, *pieces: bytes | memoryview) -> None:
     with open(part, "wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -239,7 +243,7 @@ def _compare(part: Path, tensors: Mapping[str, Tensor], body_hash: str) -> None:
     """Reads the file back and compares it with what was meant, to the bit. Raises OSError if it differs."""
     back = load_file(str(part))
     same = back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
-    if not same or _body_sha256(part.read_bytes()) != body_hash:
+    if not same or tensor_sha256(part) != body_hash:
         raise OSError(f"{part}: what was read back is not what was written; the disk may be failing")
 
 
