@@ -12,7 +12,7 @@ $(VENV)/.headless: pyproject.toml
 	touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.headless
-	$(BIN)/pip install --quiet --editable ".[headless,tab,test]"
+	$(BIN)/pip install --quiet --editable ".[headless,tab,ray,test]"
 	touch $@
 
 $(VENV)/.tab: pyproject.toml $(VENV)/.headless

@@ -94,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     many.add_argument("--skip-existing", action="store_true", help="leave out the pairs whose names are there already")
     many.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each pair")
+    many.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="spread the pairs over a Ray cluster, a worker a GPU, or over this machine's without an address; its machines "
+        "must see the same folders",
+    )
     _add_recipe(many, {*_OWN_FLAGS, "balance_points"})
     many.set_defaults(run=_zip_many)
     baked = commands.add_parser("bake", help="save a merged LoRA at another balance, or at other strengths")
@@ -305,7 +313,8 @@ def _zip_many(args: argparse.Namespace) -> int:
 
     settings = {name: getattr(args, name) for name in Recipe.__fields__ if name not in {*_OWN_FLAGS, "balance_points"}}
     existing = "overwrite" if args.overwrite else "skip" if args.skip_existing else "refuse"
-    return zip_many(args.pairs, args.out_folder, args.model, args.device, args.name, settings, existing, args.report)
+    where = (args.pairs, args.out_folder, args.model, args.device)
+    return zip_many(*where, args.name, settings, existing, args.report, args.ray)
 
 
 def _bake(args: argparse.Namespace) -> int:

@@ -15,13 +15,13 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host, share
 from ziplora_lib.job import preflight
 from ziplora_lib.jobs import Job
-from ziplora_lib.lora.metadata import trigger_words
-from ziplora_lib.lora.reader import Lora
+from ziplora_lib.lora.metadata import made_by, trigger_words
+from ziplora_lib.lora.reader import Lora, peek, tensor_sha256
 from ziplora_lib.lora.writer import check_free, check_name
 from ziplora_lib.merge import NEEDS_MODEL
 from ziplora_lib.merge.method import Callback
 from ziplora_lib.naming import ROLES, lora_name, named
-from ziplora_lib.recipe import Recipe, parse
+from ziplora_lib.recipe import Recipe, parse, stored
 
 # what is done about a name that is taken
 EXISTING = ("skip", "refuse", "overwrite")
@@ -218,7 +218,7 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
     The callback's steps are those of all merges together, and "rows" tells how the last ones went: name, state, said. A true
     answer keeps what is finished, the merge at work as `job.run` does, and begins no other.
     """
-    outcomes = [_before(one) for one in planned]
+    outcomes = [as_found(one) for one in planned]
     to_do = [i for i, one in enumerate(planned) if one.to_do]
     steps, before = sum(planned[i].recipe.steps for i in to_do), 0
     asked_to_stop = False
@@ -241,25 +241,48 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
 
         if tell({"phase": "preflight"}):
             break
-        outcomes[i] = _merged(one, outcomes[i], host, tell)
+        outcomes[i] = merged(one, outcomes[i], host, tell)
         before += one.recipe.steps
         if asked_to_stop or outcomes[i].state == "stopped":
             break
     return Batch(outcomes)
 
 
-def _before(one: Planned) -> Outcome:
-    """A pair's outcome if nothing is done about it."""
+def as_found(one: Planned) -> Outcome:
+    """A pair's outcome if nothing is done about it. A LoRA that is there already is read, and held against its hash."""
     names = [lora_name(chosen.lora) for chosen in (one.pair.subject, one.pair.style)]
     if one.refusal:
         return Outcome(one.output, *names, "refused", said=one.problem)
     if one.taken:
-        picture = _picture_beside(one.file)
-        return Outcome(one.output, *names, "skipped", said="a LoRA of this name is there already", picture=picture)
+        try:
+            said = found(one)
+        except BadInput as error:
+            return Outcome(one.output, *names, "refused", said=str(error))
+        return Outcome(one.output, *names, "skipped", said=said, picture=_picture_beside(one.file))
     return Outcome(one.output, *names, "not begun")
 
 
-def _merged(one: Planned, outcome: Outcome, host: Host, callback: Callback) -> Outcome:
+# what is said of a LoRA that an earlier run has left
+FINISHED = "finished before, and whole"
+
+
+def found(one: Planned) -> str:
+    """What stands under a pair's name, in words. Raises BadInput where it is one of ours, but not whole."""
+    lora = peek(one.file)
+    if not (recipe := made_by(lora)):
+        return "a LoRA of this name is there already"
+    if lora.metadata.get("sshs_model_hash") != tensor_sha256(one.file):
+        raise BadInput(
+            "is there already, but is not what its own hash says",
+            file=one.file.name,
+            remedy="It is damaged: delete it, or ask to overwrite",
+        )
+    wanted = stored(one.recipe, [parent.name for parent in one.recipe.parents], one.recipe.strengths)
+    return FINISHED if recipe == wanted else "a LoRA of this name is there already, merged by another recipe"
+
+
+def merged(one: Planned, outcome: Outcome, host: Host, callback: Callback) -> Outcome:
+    """A pair's outcome, of the one from before it, after it was merged on this host."""
     job = Job.merge(one.recipe)
     job.run(host, callback)
     outcome = replace(outcome, state="refused" if job.bad_input else job.state, seconds=job.seconds)

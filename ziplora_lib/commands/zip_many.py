@@ -28,12 +28,21 @@ def zip_many(
     settings: Mapping,
     existing: str,
     report: Path | None,
+    ray: str | None = None,
 ) -> int:
-    """The command, after what the parser has checked; its exit status. Raises BadInput before any model is loaded."""
+    """The command, after what the parser has checked; its exit status. Raises BadInput before any model is loaded.
+
+    ray: the address of a Ray cluster to work on; "local" for one on this machine.
+    """
     planned = planned_of(pairs, folder, pattern, settings, existing)
     if report and report.resolve() in {one.file.with_suffix(".json").resolve() for one in planned}:
         raise BadInput(f"--report {report} is the name of a LoRA's own card", remedy="Give the report another name")
-    if any(one.to_do for one in planned):
+    if ray and any(one.to_do for one in planned):
+        from ziplora_lib.commands.on_ray import run_on_ray
+
+        with watched() as show:
+            batch = run_on_ray(planned, (model, folder.resolve(), device), ray, show)
+    elif any(one.to_do for one in planned):
         from ziplora_lib.hosts.diffusers import DiffusersHost
 
         host = DiffusersHost(model, folder, device)

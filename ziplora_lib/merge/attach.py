@@ -111,8 +111,8 @@ class Router:
                     parent = self._alone[k if len(self._alone) > 1 else 0]
                     if parent is not None:
                         visit(parent, slot.columns(x[k : k + 1]))
-        fold = self.downs.get(key)
-        down = (stack.down if fold is None else fold(stack)).to(x.dtype)
+        fold, x = self.downs.get(key), x.to(stack.up.dtype)
+        down = stack.down if fold is None else fold(stack).to(x.dtype)
         # a convolution is the module's own, with its stride, padding and padding mode
         hidden = slot.module._conv_forward(x, down, None) if down.ndim == 4 else F.linear(x, down)
         if self._weighted:
@@ -121,8 +121,7 @@ class Router:
             # (B, R) over the dimensions between, or after, the sample and the rank
             between, after = (0, 2) if down.ndim == 4 else (hidden.ndim - 2, 0)
             hidden = hidden * weights.reshape(-1, *[1] * between, weights.shape[-1], *[1] * after)
-        up = stack.up.to(x.dtype)
-        return F.conv2d(hidden, up[:, :, None, None]) if down.ndim == 4 else F.linear(hidden, up)
+        return F.conv2d(hidden, stack.up[:, :, None, None]) if down.ndim == 4 else F.linear(hidden, stack.up)
 
     def offset(self, vectors: Vectors, module: nn.Module, x: Tensor) -> Tensor | None:
         """What the routed LoRAs' norm weights and biases add to this layer's output for input x; None if nothing."""
@@ -155,7 +154,8 @@ def attach(
 ) -> Iterator[Router]:
     """Attaches the stacks, and what goes to norms and biases, to the model; yields the Router: which LoRAs take part.
 
-    Layers without a slot are left out. The factors are moved to each module's device. Exit removes every hook.
+    Layers without a slot are left out. The factors go to each module's device, in the dtype that it computes in, while the
+    coefficients that `downs` fold in may have more digits. Exit removes every hook.
     """
     vectors = vectors or {}
     parents = [len(stack.ranks) for stack in stacks.values()]
@@ -188,17 +188,18 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
-def _on(stack: Stack, x: Tensor) -> Stack:
-    return (
-        stack if stack.up.device == x.device else replace(stack, up=stack.up.to(x.device), down=stack.down.to(x.device))
-    )
+def _on(stack: Stack, output: Tensor) -> Stack:
+    """The factors where a layer computes, in what it computes in: its output says so, its input does not under autocast."""
+    if (stack.up.device, stack.up.dtype) == (output.device, output.dtype):
+        return stack
+    return replace(stack, up=stack.up.to(output), down=stack.down.to(output))
 
 
 def _hook(router: Router, key: str, stack: Stack, slot: Slot):
     cached = [stack]
 
     def add_delta(_module, args, output):
-        cached[0] = _on(cached[0], args[0])
+        cached[0] = _on(cached[0], output)
         added = router.delta(key, cached[0], slot, args[0])
         return None if added is None else output + added.to(output.dtype)
 
@@ -219,7 +220,7 @@ def _vector_hook(router: Router, vectors: Vectors):
     return add_vectors
 
 
-def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: Mapping[str, tuple[str, Stack, Slot]]):
+def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: dict[str, tuple[str, Stack, Slot]]):
     """Self-attention with deltas on its fused projections: nn.MultiheadAttention offers no hook between them."""
 
     def project(head: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +228,8 @@ def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: M
         if head not in layers:
             return y
         key, stack, slot = layers[head]
-        added = router.delta(key, _on(stack, x), slot, x)
+        layers[head] = key, _on(stack, y), slot
+        added = router.delta(*layers[head], x)
         return y if added is None else y + added.to(y.dtype)
 
     def forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
