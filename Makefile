@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try tab test lint format clean miniature gate bench-quality bench-validation bench-ablations bench-cost bench-scale
+.PHONY: try tab test lint format clean miniature gate bench bench-tab bench-startup bench-quality bench-validation bench-ablations bench-cost bench-scale
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -46,6 +46,19 @@ miniature: $(VENV)/.headless
 
 gate: $(VENV)/.headless
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
+
+# ours beside the dense way, on a slice of SDXL's true widths
+bench: $(VENV)/.headless
+	$(BIN)/python -m benchmarks.speed --size tiny --rank 16
+	$(BIN)/python -m benchmarks.speed --size slice
+
+# a thousand LoRAs; Chromium
+bench-tab: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tab
+
+# needs a WebUI
+bench-startup: $(VENV)/.headless
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.startup
 
 # goes on where it was broken off
 bench-quality: $(VENV)/.benchmarks

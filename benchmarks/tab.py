@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from safetensors.torch import save_file
 
+from benchmarks.machine import machine
 from benchmarks.scale import FULL, unet
 from ziplora_lib.catalogue import Catalogue
 from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -93,15 +93,6 @@ def write_folder(folder: Path, n: int, tensors: dict[str, tuple[int, ...]]) -> N
     for name in ("whole 1", "whole 2"):
         values = {key: torch.randn(shape).half() * 0.01 for key, shape in tensors.items()}
         save_file(values, folder / f"{name}.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": sys.version.split()[0],
-    }
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ziplora_lib import calibration, history, verdict
-from ziplora_lib.errors import BadInput, Stopped
+from ziplora_lib import calibration, history, memory, verdict
+from ziplora_lib.errors import BadInput, MergeFailed, Stopped
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
@@ -197,9 +197,30 @@ def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) ->
 def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
     """Merges, saves and publishes. The callback gets a dict a step; a true answer stops and keeps the best so far.
 
-    Raises BadInput before any work, Stopped when there was nothing to keep, MergeFailed when no right result came. However
-    it ends, the host is as it was before.
+    Where memory runs out it begins again by itself, more sparingly, and says so in a warning. Raises BadInput before any
+    work, Stopped when there was nothing to keep, MergeFailed when no right result came. However it ends, the host is as it
+    was before.
     """
+    said: list[str] = []
+    while True:
+        try:
+            return _run(recipe, host, callback, said)
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+            if (less := memory.sparing(recipe)) is None:
+                raise MergeFailed(
+                    f"There is too little memory for pictures of {recipe.resolution} pixels, even with one sample at once "
+                    "and blocks computed again in the backward. Choose a smaller resolution, or close what else uses the GPU."
+                ) from None
+        # only here is the error gone, and with it what its frames still held
+        memory.give_back()
+        recipe, what = less
+        said.append(f"memory ran out: begun again with {what}")
+        callback({"phase": "preflight", "step": 0, "steps": 1, "what": said[-1]})
+
+
+def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[str]) -> Result:
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -209,7 +230,7 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
     callback({"phase": "preflight", "step": 0, "steps": 1})
     ready = preflight(recipe, host)
     phase_done("preflight")
-    warnings = list(ready.report["warnings"])
+    warnings = [*said_before, *ready.report["warnings"]]
     # the session first: it takes out what the last generation's LoRAs had brought
     with host.session(recipe.checkpointing), host.embeddings(ready.loras):
         pairing, strengths, said = prepare(recipe, ready, host, callback)

@@ -25,10 +25,9 @@ _LOAD = "() => { const s = document.createElement('script'); s.src = 'ziplora.js
 def serve(host: DiffusersHost, port: int | None = None, address: str = "127.0.0.1") -> None:
     """Serves the tab for a headless host until it is interrupted. Raises OSError for a port that is taken."""
     jobs: dict[str, Job] = {}
-    blocks = tab.build(host, jobs)
     style = (ROOT / "style.css").read_text("utf-8") + "footer { display: none !important; }"
     with gr.Blocks(title="ZipLoRA", css=style, analytics_enabled=False) as page:
-        blocks.render()
+        tab.build(host, jobs)
         page.load(None, None, None, **{JS: _LOAD})
     page.queue(concurrency_count=16)
     app, url, _ = page.launch(

@@ -15,10 +15,10 @@ from ziplora_lib.tab.running import QUIET, Runner, flat
 from ziplora_lib.tab.zip import Zip
 
 
-def build(host: Host, jobs: dict[str, Job]) -> gr.Blocks:
-    """The tab's blocks. jobs: shared with the API."""
+def build(host: Host, jobs: dict[str, Job]) -> None:
+    """The tab, into the blocks that are being made. jobs: shared with the API."""
     place = Place(host, jobs, Runner(host, jobs), Catalogue(host))
-    with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id="ziplora_tab"):
+    with gr.Column(elem_id="ziplora_tab"):
         place.runner.area()
         with gr.Tabs(elem_id="ziplora_sections") as sections:
             with gr.Tab("Zip", id="zip", elem_id="ziplora_section_zip"):
@@ -35,21 +35,17 @@ def build(host: Host, jobs: dict[str, Job]) -> gr.Blocks:
                     lambda recipe: [*zipping.use(recipe), gr.update(selected="zip")],
                     [*zipping.filled, sections],
                 )
-        place.runner.connect()
-        # their lists are read when they are looked at, not while the WebUI starts
-        to_strengths.select(lambda: flat(strength.updates()), None, strength.filled, **QUIET)
-        to_why.select(lambda: flat(reasons.updates()), None, reasons.filled, **QUIET)
-        to_many.select(batch.listed, None, batch.pickers, **QUIET).then(*batch.looking, **QUIET)
-        to_history.select(past.listed, None, past.outputs, **QUIET)
-        for button, section, name in (
-            (zipping.result.to_strengths, strength, "strengths"),
-            (zipping.result.to_why, reasons, "why"),
-        ):
-            button.click(_onward(section.updates, name), zipping.result.tag, [*section.filled, sections], **QUIET)
-    # the WebUI would keep every control's value as its default; ours are in its settings page
-    for block in blocks.blocks.values():
-        block.do_not_save_to_config = True
-    return blocks
+    place.runner.connect()
+    # their lists are read when they are looked at, not while the WebUI starts
+    to_strengths.select(lambda: flat(strength.updates()), None, strength.filled, **QUIET)
+    to_why.select(lambda: flat(reasons.updates()), None, reasons.filled, **QUIET)
+    to_many.select(batch.listed, None, batch.pickers, **QUIET).then(*batch.looking, **QUIET)
+    to_history.select(past.listed, None, past.outputs, **QUIET)
+    for button, section, name in (
+        (zipping.result.to_strengths, strength, "strengths"),
+        (zipping.result.to_why, reasons, "why"),
+    ):
+        button.click(_onward(section.updates, name), zipping.result.tag, [*section.filled, sections], **QUIET)
 
 
 def _onward(updates: Callable[[str], list], section: str) -> Callable[[str], list]:

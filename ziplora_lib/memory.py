@@ -1,0 +1,35 @@
+"""When memory runs out: what that looks like, and how the same merge is done with less of it."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from ziplora_lib.recipe import Recipe
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, of whichever device: each says it in another way."""
+    said = str(error).lower()
+    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said))
+
+
+def sparing(recipe: Recipe) -> tuple[Recipe, str] | None:
+    """The next more sparing way to the same merge, and what it is in words; None where there is none.
+
+    Pictures are not made smaller by themselves: that would be another merge.
+    """
+    if recipe.at_once > 1:
+        return recipe.copy(update={"at_once": 1}), "one sample at once"
+    if not recipe.checkpointing:
+        return recipe.copy(update={"checkpointing": True}), "blocks computed again in the backward"
+    return None
+
+
+def give_back() -> None:
+    """What a broken-off run has left goes back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
