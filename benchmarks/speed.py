@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from benchmarks.scale import RandomModel, Size, random_pair, unet
 from ziplora_lib.calibration import calibrated
 from ziplora_lib.job import settings_of
-from ziplora_lib.merge import METHODS
 from ziplora_lib.merge.attach import Slot, attach
+from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.merge.pairing import Pairing
 from ziplora_lib.merge.ziplora import by_layer, learned_columns

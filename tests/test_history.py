@@ -425,7 +425,7 @@ def section(there):
 
     with gr.Blocks(analytics_enabled=False):
         other = gr.Textbox()
-        made = build(Place(there, {}, Runner(there, {}), Catalogue(there)), use, [other])
+        made = build(Place(there, {}, Runner(there, {})), use, [other])
     return made, used
 
 

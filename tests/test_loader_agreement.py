@@ -8,7 +8,7 @@ from ziplora_lib import job
 from ziplora_lib.job import run
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.reader import read
-from ziplora_lib.merge import METHODS
+from ziplora_lib.merge.methods import METHODS
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # half a unit in the last place, relative, and half the smallest number

@@ -402,14 +402,13 @@ def test_ctrl_c_keeps_what_is_finished(zipping, tmp_path):
 def section(host, folder):
     """The section Many over the shelf, and what its page holds: (many, values(**changed))."""
     gr = pytest.importorskip("gradio")
-    from ziplora_lib.catalogue import Catalogue
     from ziplora_lib.tab.controls import ADVANCED, control
     from ziplora_lib.tab.many import build
     from ziplora_lib.tab.place import Place
     from ziplora_lib.tab.running import Runner
 
     jobs = {}
-    place = Place(host, jobs, Runner(host, jobs), Catalogue(host))
+    place = Place(host, jobs, Runner(host, jobs))
     with gr.Blocks():
         place.runner.area()
         fields = ["output", "steps", "seed", *(field for group in ADVANCED.values() for field in group)]

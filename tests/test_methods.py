@@ -16,9 +16,10 @@ from ziplora_lib.errors import MergeFailed, Stopped
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
-from ziplora_lib.merge import METHODS, NEEDS_MODEL, SAID, statistics
+from ziplora_lib.merge import NEEDS_MODEL, SAID, statistics
 from ziplora_lib.merge.attach import Slot, attach
 from ziplora_lib.merge.method import Calibration, Sample, Settings
+from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.merge.pairing import pair
 from ziplora_lib.merge.statistics import input_moments, rank_moments, ridge_solved
 

@@ -13,7 +13,8 @@ from ziplora_lib.jobs import Job
 from ziplora_lib.lora.bake import bake, split
 from ziplora_lib.lora.keys import is_unet, layer_key
 from ziplora_lib.lora.reader import read
-from ziplora_lib.merge import METHODS, NEEDS_MODEL
+from ziplora_lib.merge import NEEDS_MODEL
+from ziplora_lib.merge.methods import METHODS
 
 SOLVED = ["regmean", "ssr"]
 FREE = sorted(METHODS.keys() - NEEDS_MODEL)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.merge import METHODS
 from ziplora_lib.merge.method import Settings
+from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.recipe import Recipe, parse, schema, stored
 

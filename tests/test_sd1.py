@@ -12,7 +12,7 @@ from ziplora_lib.errors import BadInput
 from ziplora_lib.job import preflight, run
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.reader import read
-from ziplora_lib.merge import METHODS
+from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.recipe import parse
 
 pytest.importorskip("diffusers")

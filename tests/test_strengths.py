@@ -22,13 +22,12 @@ class Page:
 
     def __init__(self, host):
         gr = pytest.importorskip("gradio")
-        from ziplora_lib.catalogue import Catalogue
         from ziplora_lib.tab import strengths
         from ziplora_lib.tab.place import Place
         from ziplora_lib.tab.running import Runner
 
         self.jobs = {}
-        place = Place(host, self.jobs, Runner(host, self.jobs), Catalogue(host))
+        place = Place(host, self.jobs, Runner(host, self.jobs))
         with gr.Blocks() as self.blocks, gr.Tab("Strengths"):
             place.runner.area()
             self.section = strengths.build(place)

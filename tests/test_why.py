@@ -504,13 +504,12 @@ def test_nothing_in_a_heat_map_is_taken_for_html():
 def section(host):
     """(the section, its place), in a page of its own."""
     gr = pytest.importorskip("gradio")
-    from ziplora_lib.catalogue import Catalogue
     from ziplora_lib.tab import why
     from ziplora_lib.tab.place import Place
     from ziplora_lib.tab.running import Runner
 
     jobs = {}
-    place = Place(host, jobs, Runner(host, jobs), Catalogue(host))
+    place = Place(host, jobs, Runner(host, jobs))
     with gr.Blocks(), gr.Tab("Why"):
         place.runner.area()
         built = why.build(place)
@@ -570,11 +569,10 @@ def test_the_files_are_named_after_the_lora_and_hold_what_was_found(merge, secti
 
 def test_every_kind_of_number_has_a_map_of_its_own(merge, section):
     merge((1.0, 0.5))
-    job, _ = looked(section)
+    job, shown = looked(section)
     built, place = section
     maps = {}
-    for choice in built.kind.choices:
-        label = choice if isinstance(choice, str) else choice[0]
+    for label in shown["kind"]["choices"]:
         of, maps[label] = built._turn(job.id, label)
         assert of["visible"] == (label in ("Norm", "Kept", "Sparsity"))
         for whose in of["choices"]:

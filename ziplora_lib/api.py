@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Body, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
@@ -13,12 +13,13 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from ziplora_lib.errors import BadInput
 from ziplora_lib.jobs import Job, remember
 from ziplora_lib.later import later
-from ziplora_lib.lora.bake import origins, strengths
-from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
 from ziplora_lib.recipe import Recipe, parse, schema
 
-merging = later("ziplora_lib.job")
+if TYPE_CHECKING:
+    from ziplora_lib.lora.reader import Lora
+
+bake, merging = later("ziplora_lib.lora.bake"), later("ziplora_lib.job")
 
 PREFIX = "/ziplora/v1"
 
@@ -139,10 +140,10 @@ def bake_request(body: Any) -> dict:
 def bake_weights(wanted: dict, merged: Lora) -> list[float]:
     """The strength of each parent that a bake request asks for. Raises BadInput where that does not fit the LoRA."""
     if "balance" in wanted:
-        return balance.weights(wanted["balance"], [parent["role"] for parent in origins(merged)])
+        return balance.weights(wanted["balance"], [parent["role"] for parent in bake.origins(merged)])
     if "strengths" in wanted:
         return wanted["strengths"]
-    return strengths(merged, {role: [wanted[role]] for role in ("subject", "style") if role in wanted})
+    return bake.strengths(merged, {role: [wanted[role]] for role in ("subject", "style") if role in wanted})
 
 
 def split_request(body: Any) -> dict:

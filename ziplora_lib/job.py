@@ -26,9 +26,10 @@ from ziplora_lib.lora.metadata import merged_metadata, trained_elsewhere, trigge
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
-from ziplora_lib.merge import METHODS, NEEDS_MODEL, balance
+from ziplora_lib.merge import NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.method import Callback, Merged, Settings
+from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, outlines, pair, refuse_unfit, report
 from ziplora_lib.opening import opened
 from ziplora_lib.pictures import png

@@ -13,7 +13,7 @@ except ImportError:
     from pydantic import BaseModel, Extra, Field, ValidationError, root_validator, validator
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.merge import METHODS, SAID
+from ziplora_lib.merge import SAID
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.naming import lora_name
 
@@ -53,7 +53,7 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
         ..., min_items=2, max_items=8, description="the LoRAs to merge, subjects and styles in any number"
     )
     output: str = Field(..., description="the name of the new LoRA")
-    method: Literal[tuple(METHODS)] = Field(
+    method: Literal[tuple(SAID)] = Field(
         "ziplora", description="; ".join(f"{name}: {what}" for name, what in SAID.items())
     )
     # steps, lr, pictures, samples and what the objective brings: the row "ZipLoRA, default" of benchmarks/results/

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from ziplora_lib.lora.reader import Lora
-from ziplora_lib.merge.attach import Slot
+if TYPE_CHECKING:
+    from ziplora_lib.lora.reader import Lora
+    from ziplora_lib.merge.attach import Slot
+
 
 # A prompt, encoded: opaque to all but its host.
 Cond = Any

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -38,9 +38,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Entry, Model, entries, share
-from ziplora_lib.lora.reader import Lora, glance, peek, read
-from ziplora_lib.merge.attach import HEADS, Slot
+from ziplora_lib.later import later
 from ziplora_lib.options import OPTIONS
+
+if TYPE_CHECKING:
+    from ziplora_lib.lora.reader import Lora
+    from ziplora_lib.merge.attach import Slot
+
+attach, reader = later("ziplora_lib.merge.attach"), later("ziplora_lib.lora.reader")
 
 # the WebUI's own default, so that a preview is the picture that txt2img makes of the same prompt and seed
 SAMPLER, SCHEDULER = "DPM++ 2M", "Automatic"
@@ -91,13 +96,13 @@ class WebuiHost:
         lora_extension().list_available_networks()
 
     def open(self, name: str) -> Lora:
-        return read(self._path(name))
+        return reader.read(self._path(name))
 
     def glance(self, name: str) -> Lora:
-        return glance(self._path(name))
+        return reader.glance(self._path(name))
 
     def peek(self, name: str) -> Lora:
-        return peek(self._path(name))
+        return reader.peek(self._path(name))
 
     def _path(self, name: str) -> Path:
         available = lora_extension().available_networks
@@ -128,7 +133,9 @@ class WebuiHost:
             if match := _FUSED_ATTENTION.fullmatch(name):
                 attentions.setdefault(match[1], set()).add(match[2])
         # of a text encoder's attention the four projections together, or none
-        partial = {f"{name}_{head}_proj" for name, found in attentions.items() if found != set(HEADS) for head in found}
+        partial = {
+            f"{name}_{head}_proj" for name, found in attentions.items() if found != set(attach.HEADS) for head in found
+        }
         left_out = {key for key, name in names.items() if name not in known or name in partial}
         # beside the factors of a LoRA it reads no bias
         biased = [key for key, v in lora.vectors.items() if v.bias is not None and v.weight is None]
@@ -230,11 +237,11 @@ class WebuiHost:
             if match := _FUSED_ATTENTION.fullmatch(name):
                 heads.setdefault(match[1], {})[match[2]] = key
             elif isinstance(mapping.get(name), SLOTS):
-                slots[key] = Slot(mapping[name])
+                slots[key] = attach.Slot(mapping[name])
         for name, parts in heads.items():
             # the Lora extension applies these four together or not at all
-            if set(parts) == set(HEADS) and isinstance(mapping.get(name), torch.nn.MultiheadAttention):
-                slots |= {parts[head]: Slot(mapping[name], head) for head in HEADS}
+            if set(parts) == set(attach.HEADS) and isinstance(mapping.get(name), torch.nn.MultiheadAttention):
+                slots |= {parts[head]: attach.Slot(mapping[name], head) for head in attach.HEADS}
         return slots
 
     def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:

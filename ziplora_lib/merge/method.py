@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ziplora_lib.lora.stack import Stack
-from ziplora_lib.merge.attach import Down, Visit
-from ziplora_lib.merge.pairing import Pairing
+if TYPE_CHECKING:
+    from ziplora_lib.lora.stack import Stack
+    from ziplora_lib.merge.attach import Down, Visit
+    from ziplora_lib.merge.pairing import Pairing
+
 
 # Called with what is known at each step; a true answer asks to stop and keep the best so far.
 Callback = Callable[[dict], Any]
@@ -85,4 +87,4 @@ class Merged:
     warnings: list[str] = field(default_factory=list)
 
 
-Method = Callable[[Pairing, "Calibration | None", Settings, Callback], Merged]
+Method = Callable[["Pairing", "Calibration | None", Settings, Callback], Merged]

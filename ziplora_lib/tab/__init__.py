@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from ziplora_lib.catalogue import Catalogue
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.jobs import Job
 from ziplora_lib.tab import history, many, strengths, why
@@ -17,7 +16,7 @@ from ziplora_lib.tab.zip import Zip
 
 def build(host: Host, jobs: dict[str, Job]) -> None:
     """The tab, into the blocks that are being made. jobs: shared with the API."""
-    place = Place(host, jobs, Runner(host, jobs), Catalogue(host))
+    place = Place(host, jobs, Runner(host, jobs))
     with gr.Column(elem_id="ziplora_tab"):
         place.runner.area()
         with gr.Tabs(elem_id="ziplora_sections") as sections:

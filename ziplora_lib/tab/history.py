@@ -14,14 +14,15 @@ import gradio as gr
 from PIL import Image
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.history import Past, as_json, in_words, matched, merges, recipe_from, understood
-from ziplora_lib.lora.writer import check_name
+from ziplora_lib.later import later
 from ziplora_lib.recipe import parse
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import LABELS
 from ziplora_lib.tab.parents import MOST
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+
+records, writer = later("ziplora_lib.history"), later("ziplora_lib.lora.writer")
 
 # merges that are shown, the newest
 RECENT = 60
@@ -80,7 +81,7 @@ class History:
 
     def listed(self) -> list:
         """Updates for `outputs`."""
-        found = merges(self.place.catalogue, RECENT)
+        found = records.merges(self.place.catalogue, RECENT)
         pictures = [(str(past.picture) if past.picture else _blank(), _caption(past)) for past in found]
         nothing = words.line(NOTHING) if not found else ""
         return [gr.update(value=pictures, visible=bool(found)), nothing, [past.name for past in found]]
@@ -92,7 +93,7 @@ class History:
 
     def _selected(self, names: list[str], chosen: gr.SelectData) -> list:
         name = names[chosen.index] if chosen.index < len(names) else ""
-        past = next((past for past in merges(self.place.catalogue, RECENT) if past.name == name), None)
+        past = next((past for past in records.merges(self.place.catalogue, RECENT) if past.name == name), None)
         if past is None:
             return [words.error("it is not there any more. Press Refresh.", "Cannot show it"), *_no_recipe()]
         if past.problem:
@@ -101,7 +102,7 @@ class History:
 
     def _shown(self, name: str, recipe: dict, notes: Sequence[str], when: str = "") -> list:
         """The card of a recipe. name: what the LoRA or the file with it is called."""
-        text = as_json(recipe)
+        text = records.as_json(recipe)
         head = f"<h4>{html.escape(name)}{when and f', {when}'}</h4>"
         notes = [f"not in the recipe: {note}" for note in notes]
         told = head + words.table(["Setting", "Value"], _rows(name, recipe)) + words.warnings(notes)
@@ -109,7 +110,7 @@ class History:
 
     def _download(self, name: str, text: str) -> str:
         try:
-            path = Path(self._folder.name) / f"{check_name(name)}.recipe.json"
+            path = Path(self._folder.name) / f"{writer.check_name(name)}.recipe.json"
         except BadInput:  # a recipe that was written by hand
             path = Path(self._folder.name) / "recipe.json"
         path.write_text(text + "\n", encoding="utf-8")
@@ -128,8 +129,8 @@ class History:
     def _dropped(self, file) -> list:
         try:
             path = Path(file if isinstance(file, str) else file.name)
-            recipe, notes = understood(recipe_from(path), path.name)
-            said, *updates = self._put(recipe, f"Restored from {path.name}: {in_words(recipe)}", notes)
+            recipe, notes = records.understood(records.recipe_from(path), path.name)
+            said, *updates = self._put(recipe, f"Restored from {path.name}: {records.in_words(recipe)}", notes)
             return [said, *self._shown(path.name, recipe, notes), *updates]
         except BadInput as error:
             return [words.error(str(error), "Cannot read it"), *_no_recipe(), *self._as_they_are()]
@@ -140,7 +141,7 @@ class History:
             names = self.place.host.loras()
         except BadInput:  # no Lora extension, so no LoRAs
             names = []
-        fields, gone = matched(recipe, names)
+        fields, gone = records.matched(recipe, names)
         missing = [f"{title} is not there now: pick another LoRA in its place, or refresh the list" for title in gone]
         missing += [f"{parent['lora']}: the page has room for {MOST} LoRAs" for parent in recipe["parents"][MOST:]]
         missing += [f"not restored: {note}" for note in notes]
@@ -168,7 +169,7 @@ def _date(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
 
 
-def _caption(past: Past) -> str:
+def _caption(past: records.Past) -> str:
     """Name, parents, method and date: a line each."""
     told = past.problem and "its recipe cannot be read"
     return "\n".join([past.name, told or " + ".join(past.parents), *filter(None, [past.method]), _date(past.when)])

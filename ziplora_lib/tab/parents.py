@@ -7,18 +7,23 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ziplora_lib.catalogue import Facts
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Entry
-from ziplora_lib.lora.metadata import trigger_words
+from ziplora_lib.later import later
 from ziplora_lib.naming import ROLES
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import hint, property_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
+
+if TYPE_CHECKING:
+    from ziplora_lib.catalogue import Facts
+
+metadata = later("ziplora_lib.lora.metadata")
 
 # as many cards as there are; the first two are always seen
 MOST = 6
@@ -172,7 +177,7 @@ class Parents:
     def suggestion(self, name: str) -> tuple[str, str]:
         """The prompt that a LoRA's file suggests, and a line on where it came from."""
         try:
-            found, source = trigger_words(self.place.host.peek(name))
+            found, source = metadata.trigger_words(self.place.host.peek(name))
         except BadInput as error:
             return "", words.error(str(error), "Cannot read it")
         if found:

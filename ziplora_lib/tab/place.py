@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from ziplora_lib.catalogue import Catalogue
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.jobs import Job
+from ziplora_lib.later import later
 from ziplora_lib.tab.running import Runner
+
+if TYPE_CHECKING:
+    from ziplora_lib.catalogue import Catalogue
+
+catalogues = later("ziplora_lib.catalogue")
 
 
 @dataclass
@@ -18,7 +25,10 @@ class Place:
     host: Host
     jobs: dict[str, Job]
     runner: Runner
-    catalogue: Catalogue
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return catalogues.Catalogue(self.host)
 
     def names(self) -> list[str]:
         """The LoRAs that can be picked; none, and a line in the console, where the host has none to list."""

@@ -11,7 +11,6 @@ import gradio as gr
 from ziplora_lib.errors import BadInput
 from ziplora_lib.jobs import Job
 from ziplora_lib.later import later
-from ziplora_lib.lora.bake import origins
 from ziplora_lib.merge import balance
 from ziplora_lib.naming import at_balance
 from ziplora_lib.tab import words
@@ -20,6 +19,7 @@ from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 from ziplora_lib.verdict import short
 
+bake = later("ziplora_lib.lora.bake")
 comparing, merging = later("ziplora_lib.comparison"), later("ziplora_lib.job")
 
 
@@ -168,7 +168,7 @@ class ResultCard:
         """The balance as a LoRA of its own."""
         name, host = current.removeprefix("<lora:").rpartition(":")[0], self.place.host
         try:
-            parents = origins(host.peek(name))
+            parents = bake.origins(host.peek(name))
             roles, names = [parent["role"] for parent in parents], [parent["name"] for parent in parents]
             output = output.strip() or at_balance(name, value, balance.side(value, roles, names))
             done = merging.bake_balance(host, name, output, balance.weights(value, roles))

@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.jobs import Job
 from ziplora_lib.later import later
-from ziplora_lib.lora.bake import origins
-from ziplora_lib.lora.reader import Lora
 from ziplora_lib.merge import balance
 from ziplora_lib.naming import ROLES, at_balance, at_strengths, of_halves
 from ziplora_lib.pictures import png
@@ -24,7 +23,10 @@ from ziplora_lib.tab.merged import MergedPicker
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
 
-drawing, merging = later("ziplora_lib.drawing"), later("ziplora_lib.job")
+if TYPE_CHECKING:
+    from ziplora_lib.lora.reader import Lora
+
+bake, drawing, merging = later("ziplora_lib.lora.bake"), later("ziplora_lib.drawing"), later("ziplora_lib.job")
 
 POINTS = 5
 # the first grid: around the strengths that were learned
@@ -185,7 +187,7 @@ class Strengths:
         try:
             if name:
                 lora = self._opened(name)
-                parents, recipe = origins(lora), drawing.recipe_of(lora)
+                parents, recipe = bake.origins(lora), drawing.recipe_of(lora)
                 sides, halves = balance.sides(*drawing.cast(lora)), of_halves(lora.name, parents)
                 prompt, seed, size = recipe.picture_prompt, recipe.seed, recipe.picture_size
                 note = words.line("Merged of " + " and ".join(f"{p['role']} {p['name']}" for p in parents) + ".")

@@ -7,23 +7,24 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from ziplora_lib import charts
 from ziplora_lib.errors import BadInput
-from ziplora_lib.findings import KINDS, Findings, Measure, summary
 from ziplora_lib.jobs import Job
 from ziplora_lib.later import later
-from ziplora_lib.merge.effect import Layers
 from ziplora_lib.tab import words
 from ziplora_lib.tab.merged import MergedPicker
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
 
-why = later("ziplora_lib.why")
+if TYPE_CHECKING:
+    from ziplora_lib.findings import Findings, Measure
 
-CHOICES = [words.capital(kind) for kind in KINDS]
+effect, findings, why = later("ziplora_lib.merge.effect"), later("ziplora_lib.findings"), later("ziplora_lib.why")
+
 # these have colours of one meaning, so that they can be compared
 ONE_SCALE = {"overlap before": "overlap", "overlap after": "overlap"}
 
@@ -44,8 +45,7 @@ class Why:
         self.job = gr.State("")
         with gr.Column(visible=False, elem_id="ziplora_why_result") as result:
             self.kind = gr.Radio(
-                CHOICES,
-                value=CHOICES[0],
+                [],
                 label="Show",
                 info="What the colours stand for",
                 elem_id="ziplora_why_show",
@@ -79,14 +79,15 @@ class Why:
             text = ""
             if job is not None:
                 text = words.line("Stopped.") if job.state == "stopped" else words.error(job.error or "", "Cannot look")
-            hidden, fresh = gr.update(visible=False), gr.update(value=CHOICES[0])
+            hidden, fresh = gr.update(visible=False), gr.update()
             return [text, "", hidden, fresh, gr.update(visible=False), "", "", "", None]
         found: Findings = job.result
+        kinds = [words.capital(kind) for kind in findings.KINDS]
         return [
-            f"{words.line(summary(found))}{words.warnings([words.capital(said) for said in found.warnings])}",
+            f"{words.line(findings.summary(found))}{words.warnings([words.capital(said) for said in found.warnings])}",
             job.id,
             gr.update(visible=True),
-            gr.update(value=CHOICES[0]),
+            gr.update(choices=kinds, value=kinds[0]),
             gr.update(visible=False),
             heat(found, found.measures[0]),
             most_changed(found),
@@ -129,7 +130,7 @@ def heat(found: Findings, measure: Measure) -> str:
     alike = [m for m in found.measures if _scale(m) == _scale(measure)]
     tops = (m.value(layers) for m in alike for layers in found.cells.values())
     return charts.heat_map(
-        f"{words.capital(measure.title)}: {KINDS[measure.kind]}",
+        f"{words.capital(measure.title)}: {findings.KINDS[measure.kind]}",
         list(found.blocks),
         list(found.groups),
         {cell: measure.value(layers) for cell, layers in found.cells.items()},
@@ -149,7 +150,7 @@ def most_changed(found: Findings) -> str:
     titles = ["change", "overlap before", "overlap after", "norm of plain sum", "norm of merge"]
     rows = []
     for key in keys:
-        values = found.values(Layers((found.layers[key],)))
+        values = found.values(effect.Layers((found.layers[key],)))
         rows.append([key, *(_number(values[title]) for title in titles)])
     head = words.line("The layers that changed most:")
     return head + _scrolled(words.table(["Layer", *map(words.capital, titles)], rows))
@@ -163,7 +164,7 @@ def by_block(found: Findings) -> str:
     for name, layers in named.items():
         values = found.values(layers)
         rows.append([name, *(_number(values[title]) for title in titles)])
-    explained = "".join(words.line(f"{kind}: {what}.", small=True) for kind, what in KINDS.items())
+    explained = "".join(words.line(f"{kind}: {what}.", small=True) for kind, what in findings.KINDS.items())
     return _scrolled(words.table(["", *map(words.capital, titles)], rows)) + explained
 
 
