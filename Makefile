@@ -51,6 +51,7 @@ gate: $(VENV)/.headless
 bench: $(VENV)/.headless
 	$(BIN)/python -m benchmarks.speed --size tiny --rank 16
 	$(BIN)/python -m benchmarks.speed --size slice
+	$(BIN)/python -m benchmarks.costs
 
 # a thousand LoRAs; Chromium
 bench-tab: $(VENV)/.test

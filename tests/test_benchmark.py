@@ -164,3 +164,10 @@ def test_a_lora_alone_has_no_error_of_its_own(pair_on_model):
             errors = pair_on_model.errors()
             assert errors[parent] < 0.02
             assert errors[1 - parent] > 0.1
+
+
+def test_the_readmes_costs_are_those_that_were_measured():
+    from benchmarks import costs
+
+    text = costs.README.read_text(encoding="utf-8")
+    assert text.split(costs.BEGIN)[1].split(costs.END)[0] == costs.table()
