@@ -47,7 +47,7 @@ miniature: $(VENV)/.headless
 gate: $(VENV)/.headless
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
 
-# ours beside the dense way, on a slice of SDXL's true widths
+# ours beside the dense way, on a small UNet and on a slice of SDXL's true widths
 bench: $(VENV)/.headless
 	$(BIN)/python -m benchmarks.speed --size tiny --rank 16
 	$(BIN)/python -m benchmarks.speed --size slice

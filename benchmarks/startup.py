@@ -8,6 +8,7 @@ python -m benchmarks.startup [STARTS]        writes benchmarks/results/startup.j
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,7 +58,8 @@ def started(data: Path, with_extension: bool) -> dict:
     try:
         return record(process)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -95,7 +95,7 @@ def test_a_worker_that_is_killed_loses_nothing(serial, listed, tmp_path):
     os.kill(killed[0], signal.SIGKILL)
     assert "10 pairs: 10 done" in done(process)
     assert files(out) == files(serial)
-    assert not [path for path in out.iterdir() if path.name.startswith(".") and path.suffix == ".safetensors"]
+    assert not list(out.glob(".*"))
 
 
 def test_a_list_goes_on_where_it_was_left(serial, listed, tmp_path):
@@ -106,7 +106,7 @@ def test_a_list_goes_on_where_it_was_left(serial, listed, tmp_path):
             path.unlink()
     said = done(started(listed, out, "--skip-existing"))
     assert "10 pairs: 2 done, 8 skipped" in said or "10 pairs: 8 skipped, 2 done" in said
-    assert "skipped: dog-ink  finished before, and whole" in said
+    assert "skipped: dog-ink  finished before by this recipe, and whole" in said
     assert files(out) == files(serial)
     # what was damaged since is told, and left alone
     path = out / "fox-ink.safetensors"
@@ -127,4 +127,13 @@ def test_a_cluster_that_is_not_there_is_told(listed, tmp_path):
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "there is no Ray cluster at 127.0.0.1:1" in err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_is_not_there_is_told_once(listed, tmp_path):
+    process = started(listed, tmp_path / "out", "--ray", "--model", str(tmp_path / "no-model"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, out + err
+    assert "no worker could be started (" in err
+    assert "no-model" in err
     assert "Traceback" not in err

@@ -1,6 +1,8 @@
-"""The two ways a merge is refused or fails, each with words for the person who reads them."""
+"""The ways a merge is refused, fails or ends, in words for whoever reads them; and which errors mean too little memory."""
 
 from __future__ import annotations
+
+import torch
 
 
 class BadInput(ValueError):
@@ -21,3 +23,11 @@ class MergeFailed(RuntimeError):
 
 class Stopped(Exception):
     """The user stopped a merge before there was anything to keep."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whichever device: each says it in another way."""
+    said = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(word in said for word in words))

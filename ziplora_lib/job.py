@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ziplora_lib import calibration, history, memory, verdict
-from ziplora_lib.errors import BadInput, MergeFailed, Stopped
+from ziplora_lib.errors import BadInput, MergeFailed, Stopped, out_of_memory
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
@@ -207,18 +207,18 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         try:
             return _run(recipe, host, callback, said)
         except Exception as error:
-            if not memory.ran_out(error):
+            if not out_of_memory(error):
                 raise
             if (less := memory.sparing(recipe)) is None:
                 raise MergeFailed(
-                    f"There is too little memory for pictures of {recipe.resolution} pixels, even with one sample at once "
-                    "and blocks computed again in the backward. Choose a smaller resolution, or close what else uses the GPU."
+                    "There is too little memory, and nothing is left that would save some. Choose a smaller resolution than "
+                    f"{recipe.resolution}, or close what else uses the GPU."
                 ) from None
         # only here is the error gone, and with it what its frames still held
         memory.give_back()
         recipe, what = less
         said.append(f"memory ran out: begun again with {what}")
-        callback({"phase": "preflight", "step": 0, "steps": 1, "what": said[-1]})
+        callback({"phase": "preflight", "step": 0, "steps": 1, "what": said[-1], "again": True})
 
 
 def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[str]) -> Result:

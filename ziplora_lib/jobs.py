@@ -80,6 +80,8 @@ class Job:
             if info.get("phase") != self.progress.get("phase"):
                 self._phase_began = time.monotonic()
             self.progress = info
+            if info.get("again"):  # what was learned so far is lost
+                self.history = []
             if "loss" in info:
                 self.history.append(info)
             return bool(callback(info)) or self._stop

@@ -218,7 +218,12 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
     The callback's steps are those of all merges together, and "rows" tells how the last ones went: name, state, said. A true
     answer keeps what is finished, the merge at work as `job.run` does, and begins no other.
     """
-    outcomes = [as_found(one) for one in planned]
+    outcomes: list[Outcome] = []
+    for i, one in enumerate(planned):
+        looking = {"phase": "preflight", "step": i, "steps": len(planned), "what": f"looking at {one.output}"}
+        if one.taken and callback(looking):
+            return Batch([*outcomes, *(as_found(replace(left, taken=False)) for left in planned[i:])])
+        outcomes.append(as_found(one))
     to_do = [i for i, one in enumerate(planned) if one.to_do]
     steps, before = sum(planned[i].recipe.steps for i in to_do), 0
     asked_to_stop = False
@@ -256,14 +261,14 @@ def as_found(one: Planned) -> Outcome:
     if one.taken:
         try:
             said = found(one)
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             return Outcome(one.output, *names, "refused", said=str(error))
         return Outcome(one.output, *names, "skipped", said=said, picture=_picture_beside(one.file))
     return Outcome(one.output, *names, "not begun")
 
 
 # what is said of a LoRA that an earlier run has left
-FINISHED = "finished before, and whole"
+FINISHED = "finished before by this recipe, and whole"
 
 
 def found(one: Planned) -> str:
@@ -278,7 +283,18 @@ def found(one: Planned) -> str:
             remedy="It is damaged: delete it, or ask to overwrite",
         )
     wanted = stored(one.recipe, [parent.name for parent in one.recipe.parents], one.recipe.strengths)
-    return FINISHED if recipe == wanted else "a LoRA of this name is there already, merged by another recipe"
+    baked = {"ziplora.strengths", "ziplora.split_from"} & lora.metadata.keys()
+    if baked or _decisive(recipe) != _decisive(wanted):
+        return "a LoRA of this name is there already, merged in another way"
+    return FINISHED
+
+
+def _decisive(recipe: Mapping) -> dict:
+    """What of a stored recipe is the same whatever became of it on the way: memory that ran out, norms that were evened."""
+    kept = {field: value for field, value in recipe.items() if field != "at_once"}
+    if recipe.get("equal_norms"):
+        kept["parents"] = [{k: v for k, v in parent.items() if k != "strength"} for parent in recipe["parents"]]
+    return kept
 
 
 def merged(one: Planned, outcome: Outcome, host: Host, callback: Callback) -> Outcome:

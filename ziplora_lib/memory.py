@@ -1,4 +1,4 @@
-"""When memory runs out: what that looks like, and how the same merge is done with less of it."""
+"""When memory runs out: how the same merge is done with less of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ import gc
 
 import torch
 
+from ziplora_lib.merge import NEEDS_MODEL
 from ziplora_lib.recipe import Recipe
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether memory ran out, of whichever device: each says it in another way."""
-    said = str(error).lower()
-    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said))
 
 
 def sparing(recipe: Recipe) -> tuple[Recipe, str] | None:
@@ -21,9 +15,9 @@ def sparing(recipe: Recipe) -> tuple[Recipe, str] | None:
 
     Pictures are not made smaller by themselves: that would be another merge.
     """
-    if recipe.at_once > 1:
+    if recipe.method in NEEDS_MODEL and recipe.at_once > 1:
         return recipe.copy(update={"at_once": 1}), "one sample at once"
-    if not recipe.checkpointing:
+    if recipe.method == "ziplora" and not recipe.checkpointing:
         return recipe.copy(update={"checkpointing": True}), "blocks computed again in the backward"
     return None
 
@@ -33,3 +27,5 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -12,6 +12,7 @@ import torch
 
 from ziplora_lib.batch import Batch, Outcome
 from ziplora_lib.errors import BadInput
+from ziplora_lib.lora.writer import remove_parts
 from ziplora_lib.many import FINISHED, Planned, as_found, merged
 from ziplora_lib.merge.method import Callback
 
@@ -29,12 +30,19 @@ class Worker:
         torch.set_num_threads(threads)
         self.host = DiffusersHost(model, folder, device)
 
+    def ready(self) -> bool:
+        """The model is there."""
+        return True
+
     def merge(self, one: Planned) -> Outcome:
-        """Merges a pair. One that a worker finished before it died is only looked at."""
+        """Merges a pair. One that a worker finished before it died is only looked at, one that it had begun is done again."""
+        remove_parts(one.file)
         if one.file.exists() and not one.recipe.overwrite:
             left = as_found(replace(one, taken=True))
-            if left.said == FINISHED:
+            if left.said == FINISHED and all(one.file.with_suffix(end).exists() for end in (".json", ".png")):
                 return replace(left, state="done", tag=f"<lora:{one.output}:1>")
+            if left.said == FINISHED:  # it died before the card and the preview
+                one = replace(one, recipe=one.recipe.copy(update={"overwrite": True}))
         return merged(one, as_found(one), self.host, lambda _: False)
 
 
@@ -73,32 +81,59 @@ def run_on_ray(
 def _spread(ray, planned: Sequence[Planned], host: tuple[str, Path, str], callback: Callback) -> Batch:
     outcomes = [as_found(one) for one in planned]
     waiting = [i for i, one in enumerate(planned) if one.to_do]
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = min(len(waiting), gpus or int(ray.cluster_resources().get("CPU", 1)))
+    threads, there = torch.get_num_threads(), ray.cluster_resources()
+    gpus = 0 if host[2] == "cpu" else int(there.get("GPU", 0))
+    room = gpus or max(1, int(there.get("CPU", 1)) // threads)
     # a worker that dies is started again, and its pair with it
-    settings = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": AGAIN, "max_task_retries": AGAIN}
-    kind = ray.remote(**settings)(Worker)
-    free = [kind.remote(*host, torch.get_num_threads()) for _ in range(workers)]
-    total, at_work = len(waiting), {}
+    again = {"max_restarts": AGAIN, "max_task_retries": AGAIN}
+    kind = ray.remote(num_cpus=1 if gpus else threads, num_gpus=1 if gpus else 0, **again)(Worker)
+    # one for which the cluster has no room yet gets no pair
+    starting = {}
+    for _ in range(min(len(waiting), room)):
+        worker = kind.remote(*host, threads)
+        starting[worker.ready.remote()] = worker
+    total, at_work, free, failed = len(waiting), {}, [], None
     while waiting or at_work:
         while waiting and free:
             i, worker = waiting.pop(0), free.pop()
             at_work[worker.merge.remote(planned[i])] = i, worker
-        done, _ = ray.wait(list(at_work), timeout=1)
-        for answer in done:
+        if not at_work and not starting:
+            break
+        for answer in ray.wait([*starting, *at_work], timeout=1)[0]:
+            if answer in starting:
+                worker = starting.pop(answer)
+                try:
+                    ray.get(answer)
+                    free.append(worker)
+                except ray.exceptions.RayError as error:
+                    failed = error
+                continue
             i, worker = at_work.pop(answer)
             try:
                 outcomes[i] = ray.get(answer)
                 free.append(worker)
+            except ray.exceptions.RayTaskError as error:
+                outcomes[i] = replace(outcomes[i], state="failed", said=_cause(error))
+                free.append(worker)
             except ray.exceptions.RayError as error:
-                said = f"its worker died {AGAIN + 1} times ({type(error).__name__})"
-                outcomes[i] = replace(outcomes[i], state="failed", said=said)
-        if not free and not at_work:  # every worker has died for good
-            break
+                failed = error
+                outcomes[i] = replace(outcomes[i], state="failed", said=f"its worker died {AGAIN + 1} times")
         step = total - len(waiting) - len(at_work)
         names = ", ".join(planned[i].output for i, _ in at_work.values())
         if callback(
             {"phase": "many", "step": step, "steps": total, "what": f"{step} of {total} done; at work: {names}"}
         ):
-            break
+            return Batch(outcomes)
+    if len(waiting) == total and failed is not None:
+        raise BadInput(
+            f"no worker could be started ({_cause(failed)})", remedy="See whether --model and --device are right"
+        )
+    for i in waiting:
+        outcomes[i] = replace(outcomes[i], state="failed", said="no worker is left")
     return Batch(outcomes)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong on a worker, in a line: the last of what Ray passes on."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

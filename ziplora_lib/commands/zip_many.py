@@ -34,6 +34,9 @@ def zip_many(
 
     ray: the address of a Ray cluster to work on; "local" for one on this machine.
     """
+    if ray:  # workers have folders of their own to work in
+        pairs, folder = pairs.resolve(), folder.resolve()
+        model = str(Path(model).resolve()) if Path(model).exists() else model
     planned = planned_of(pairs, folder, pattern, settings, existing)
     if report and report.resolve() in {one.file.with_suffix(".json").resolve() for one in planned}:
         raise BadInput(f"--report {report} is the name of a LoRA's own card", remedy="Give the report another name")
@@ -41,7 +44,7 @@ def zip_many(
         from ziplora_lib.commands.on_ray import run_on_ray
 
         with watched() as show:
-            batch = run_on_ray(planned, (model, folder.resolve(), device), ray, show)
+            batch = run_on_ray(planned, (model, folder, device), ray, show)
     elif any(one.to_do for one in planned):
         from ziplora_lib.hosts.diffusers import DiffusersHost
 

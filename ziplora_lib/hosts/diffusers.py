@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ziplora_lib.errors import BadInput
+from ziplora_lib.errors import BadInput, out_of_memory
 from ziplora_lib.hosts.host import Entry, Model, entries
 from ziplora_lib.hosts.miniature import MINIATURES
 from ziplora_lib.infotext import infotext
@@ -132,6 +132,8 @@ class DiffusersHost:
             try:
                 delta = dense_delta(lora.dense[key], slot.module)
             except (RuntimeError, ValueError, IndexError) as error:
+                if out_of_memory(error):
+                    raise
                 shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in lora.dense[key].parts.items())
                 raise BadInput(
                     f"a {lora.dense[key].kind} layer that does not fit the model's, of shape {list(slot.shape)} ({shapes})",

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ziplora_lib.errors import BadInput, Stopped
+from ziplora_lib.errors import BadInput, Stopped, out_of_memory
 from ziplora_lib.hosts.host import Entry, Model, entries, share
 from ziplora_lib.later import later
 from ziplora_lib.options import OPTIONS
@@ -444,7 +444,9 @@ def _updown(module, slot: Slot) -> Tensor | None:
         try:
             with context():
                 return module.calc_updown(given)[0].to(devices.device).float().expand(weight.shape)
-        except (RuntimeError, AttributeError, ValueError):
+        except (RuntimeError, AttributeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             continue
     return None
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ziplora_lib.errors import BadInput
+from ziplora_lib.errors import BadInput, out_of_memory
 from ziplora_lib.lora import kinds
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.keys import layer_key
@@ -194,6 +194,8 @@ def _understood(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         except BadInput:
             raise
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
             shapes = ", ".join(f"{part} {list(t.shape)}" for part, t in layer.parts.items())
             reason = f": {error}" if type(error) is ValueError else ""
             raise layer.bad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -124,6 +125,12 @@ def write(
         "bytes": len(header) + len(body),
         "largest_error": _largest_error(stacks, tensors, names, base, extra),
     }
+
+
+def remove_parts(path: Path) -> None:
+    """What a run that was killed has left of this file, where nobody else writes it any more."""
+    for part in path.parent.glob(f".{glob.escape(path.stem)}*{_MARK}"):
+        part.unlink(missing_ok=True)
 
 
 def write_beside(path: Path, ending: str, data: bytes) -> None:

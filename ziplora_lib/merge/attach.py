@@ -190,8 +190,6 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
 
 def _on(stack: Stack, output: Tensor) -> Stack:
     """The factors where a layer computes, in what it computes in: its output says so, its input does not under autocast."""
-    if (stack.up.device, stack.up.dtype) == (output.device, output.dtype):
-        return stack
     return replace(stack, up=stack.up.to(output), down=stack.down.to(output))
 
 
@@ -199,7 +197,8 @@ def _hook(router: Router, key: str, stack: Stack, slot: Slot):
     cached = [stack]
 
     def add_delta(_module, args, output):
-        cached[0] = _on(cached[0], output)
+        if (cached[0].up.device, cached[0].up.dtype) != (output.device, output.dtype):
+            cached[0] = _on(stack, output)
         added = router.delta(key, cached[0], slot, args[0])
         return None if added is None else output + added.to(output.dtype)
 
@@ -220,16 +219,19 @@ def _vector_hook(router: Router, vectors: Vectors):
     return add_vectors
 
 
-def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: dict[str, tuple[str, Stack, Slot]]):
+def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: Mapping[str, tuple[str, Stack, Slot]]):
     """Self-attention with deltas on its fused projections: nn.MultiheadAttention offers no hook between them."""
+
+    cached: dict[str, Stack] = {}
 
     def project(head: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if head not in layers:
             return y
         key, stack, slot = layers[head]
-        layers[head] = key, _on(stack, y), slot
-        added = router.delta(*layers[head], x)
+        if head not in cached or (cached[head].up.device, cached[head].up.dtype) != (y.device, y.dtype):
+            cached[head] = _on(stack, y)
+        added = router.delta(key, cached[head], slot, x)
         return y if added is None else y + added.to(y.dtype)
 
     def forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
