@@ -248,7 +248,8 @@ def test_a_failed_job_says_why_and_leaves_no_trace(webui, loras, merged):
     finally:
         webui.run("import ziplora_lib.hosts.webui as w\nw.WebuiHost.predict = w.WebuiHost.kept")
     assert state["state"] == "failed"
-    assert "out of memory" in state["error"]
+    # what saves memory was tried before
+    assert "There is too little memory" in state["error"]
     assert not list(webui.lora_dir.glob("failed*"))
     assert_untouched(webui, traces, merged)
 
