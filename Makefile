@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try tab test lint format clean miniature gate bench bench-tab bench-startup bench-quality bench-validation bench-ablations bench-cost bench-scale
+.PHONY: try tab test lint format clean miniature gate bench bench-tab bench-webui bench-startup bench-quality bench-validation bench-ablations bench-cost bench-scale
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -48,9 +48,18 @@ gate: $(VENV)/.headless
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.miniature.gate
 
 # ours beside the dense way, on a small UNet and on a slice of SDXL's true widths
-bench: $(VENV)/.headless
+bench: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.speed --size tiny --rank 16
 	$(BIN)/python -m benchmarks.speed --size slice
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --profile
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.saving
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.footprint
+	$(BIN)/python -m benchmarks.costs
+
+# needs a WebUI
+bench-webui: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.in_webui
 	$(BIN)/python -m benchmarks.costs
 
 # a thousand LoRAs; Chromium

@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec
 
-missing = [name for name in ("torch", "safetensors", "gradio", "numpy", "pydantic", "PIL") if find_spec(name) is None]
+NEEDED = ("torch", "safetensors", "gradio", "numpy", "pydantic", "PIL", "psutil")
+missing = [name for name in NEEDED if find_spec(name) is None]
 if missing:
     print(
         f"ZipLoRA: not found in the WebUI's environment: {', '.join(missing)}. Start the WebUI once without "

@@ -92,7 +92,7 @@ def recipe_of(pair_files):
                 {"lora": str(style), "role": "style", "prompt": "a house in szn style"},
             ],
             "output": "merged", "steps": 4, "resolution": SIDE, "pictures": 1, "samples": 4, "sampler_steps": 2,
-            "balance_points": 1, "checkpointing": False, "at_once": 8,
+            "balance_points": 1, "memory": "fast", "at_once": 8,
             **fields,
         })  # fmt: skip
 

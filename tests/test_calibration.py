@@ -1,6 +1,7 @@
 """Calibration samples: the targets are each LoRA's own predictions, and everything random comes from the seed."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.reader import read
+from ziplora_lib.merge.objective import OBJECTIVES, relative_error
 
 pytest.importorskip("diffusers")
 
@@ -33,19 +35,21 @@ def calibrated(host, pair_files, recipe_of):
 
 
 def test_as_many_samples_as_asked_for_from_either_lora(calibrated):
-    train, held_out, *_ = calibrated(samples=6)
+    train, held_out, *_ = calibrated(samples=6, steps=6)
     assert [s.parent for s in train] == [0, 1] * 6
     assert [s.parent for s in held_out] == [0, 1] * 4
     assert len(calibrated(samples=64)[1]) == 2 * 8
+    assert all(s.bare.shape == (1, 4, 8, 8) for s in held_out)
+    assert all(s.bare is None for s in train), "the default's loss does not ask for it"
     for s in train + held_out:
-        assert s.x.shape == s.target.shape == s.bare.shape == (1, 4, 8, 8)
+        assert s.x.shape == s.target.shape == (1, 4, 8, 8)
         assert s.x.dtype == s.target.dtype == torch.float32
         assert s.x.device.type == s.target.device.type == "cpu"
         assert not s.target.requires_grad
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_three_loras_are_predicted_no_more_than_four_rows_at_a_time(host, pair_files, third_file, recipe_of, guidance):
+def test_three_loras_are_predicted_no_more_than_two_at_a_time(host, pair_files, third_file, recipe_of, guidance):
     """So the teacher's pass takes the memory of two LoRAs, however many there are; and each gets its own targets."""
     from ziplora_lib.calibration import calibrate
     from ziplora_lib.merge.attach import attach
@@ -53,13 +57,13 @@ def test_three_loras_are_predicted_no_more_than_four_rows_at_a_time(host, pair_f
 
     files, roles = [pair_files[0], third_file, pair_files[1]], ["subject", "subject", "style"]
     parents = [{"lora": str(f), "role": r, "prompt": f.stem} for f, r in zip(files, roles)]
-    recipe = recipe_of(parents=parents, loss_guidance=guidance)
+    recipe = recipe_of(parents=parents, loss_guidance=guidance, samples=4, steps=4)
     loras, seen, predict, said = [read(file) for file in files], [], host.predict, []
     host.predict = lambda x, t, conds: seen.append(len(x)) or predict(x, t, conds)
     slots = host.slots([key for lora in loras for key in lora.deltas])
     with attach(slots, pair(loras, [1.0] * 3, {key: slot.shape for key, slot in slots.items()}).stacks) as router:
         train, held_out = calibrate(host, router, recipe, lambda info: said.append(info["what"]))
-        assert max(seen) == 4
+        assert max(seen) == (6 if guidance > 1 else 4), "of two LoRAs: alone, bare, and the bare empty prompt"
         assert [s.parent for s in train + held_out] == [0, 1, 2] * 8
         assert {"making subject third pictures", "making subject subject pictures", "making style pictures"} <= set(
             said
@@ -82,21 +86,22 @@ def test_under_guidance_each_lora_is_guided_against_the_bare_models_empty_prompt
     slots = host.slots([key for lora in loras for key in lora.deltas])
     stacks = pair(loras, [1.0, 1.0], {key: slot.shape for key, slot in slots.items()}).stacks
     with attach(slots, stacks) as router, torch.no_grad():
-        recipe = recipe_of(samples=8, empty_share=0.25, loss_guidance=2.5)
+        recipe = recipe_of(samples=8, steps=8, empty_share=0.25, loss_guidance=2.5)
         samples = calibrated(host, router, recipe, lambda info: None)
 
         def read_by(choose, text, s):
             choose()
             return host.predict(s.x, s.t, [host.encode(text, 64, negative=not text)])
 
-        predicted = samples.predict(samples.train, {})
-        for s, merged in zip(samples.train, predicted):
+        every = [*samples.train, *samples.held_out]
+        for s, merged in zip(every, samples.predict(every, {})):
             empty = read_by(router.bare, "", s)
             told, bare = read_by(lambda of=s.parent: router.alone(of), s.text, s), read_by(router.bare, s.text, s)
             if s.text:
                 told, bare = (empty + 2.5 * (x - empty) for x in (told, bare))
             torch.testing.assert_close(s.target, told, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(s.bare, bare, rtol=1e-3, atol=1e-3)
+            if s.bare is not None:
+                torch.testing.assert_close(s.bare, bare, rtol=1e-3, atol=1e-3)
             own, of_empty = (read_by(router.merged, text, s) for text in (s.text, ""))
             wanted = of_empty + 2.5 * (own - of_empty) if s.text else own
             torch.testing.assert_close(merged[None], wanted, rtol=1e-3, atol=1e-3)
@@ -105,7 +110,7 @@ def test_under_guidance_each_lora_is_guided_against_the_bare_models_empty_prompt
 
 
 def test_targets_are_the_predictions_of_each_lora_alone(calibrated):
-    train, held_out, router, host = calibrated(samples=4, empty_share=0.5, loss_guidance=1.0)
+    train, held_out, router, host = calibrated(samples=4, steps=4, empty_share=0.5, loss_guidance=1.0)
     prompts = ["a photo of sks cat", "a house in szn style"]
     kinds = set()
     for s in train[:6] + held_out[:2]:
@@ -120,12 +125,33 @@ def test_targets_are_the_predictions_of_each_lora_alone(calibrated):
                 merged_reads = host.encode(text, 64, negative=not text)
             fits.append(
                 torch.allclose(target, s.target, atol=1e-4)
-                and torch.allclose(bare, s.bare, atol=1e-4)
+                and (s.bare is None or torch.allclose(bare, s.bare, atol=1e-4))
                 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(merged_reads, s.cond))
             )
         assert sum(fits) == 1, "of its own prompt or of the empty one"
         kinds.add(fits.index(True))
     assert kinds == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "taught"),
+    [({"steps": 3}, 3), ({"steps": 2, "batch": 3}, 6), ({"steps": 99}, 8), ({"method": "ssr"}, 0)],
+)
+def test_only_what_a_step_looks_at_is_predicted(calibrated, fields, taught):
+    """All else of the samples stays as it is: the inputs of all of them count for the warm start."""
+    train, held_out, *_ = calibrated(samples=8, **fields)
+    assert [s.target is not None for s in train] == [True] * 2 * taught + [False] * 2 * (8 - taught)
+    assert all(s.target is not None for s in held_out)
+    for s, other in zip(train, calibrated(samples=8, steps=99)[0]):
+        assert torch.equal(s.x, other.x)
+        assert (s.text, s.t) == (other.text, other.t)
+        if s.target is not None:
+            torch.testing.assert_close(s.target, other.target)
+
+
+def test_a_loss_that_asks_for_the_bare_model_gets_it(calibrated, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "paper", replace(OBJECTIVES["paper"], error=relative_error))
+    assert all(s.bare is not None for s in calibrated(samples=4, steps=9, objective="paper")[0])
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 2), (0.5, 4)])

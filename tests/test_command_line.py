@@ -311,7 +311,7 @@ def test_every_field_of_the_recipe_has_a_flag_with_its_default(pair_files):
     assert _recipe(_parser().parse_args(arguments)) == plain
     other = {"method": "direct", "objective": "paper", "steps": 7, "lr": 0.5, "lam": 2.0, "start": 0.25, "seed": 3,
              "resolution": 512, "dtype": "bf16", "overwrite": True, "allow_same": True, "pictures": 2, "samples": 8,
-             "empty_share": 0.5, "sampler_steps": 3, "guidance": 2.0, "batch": 2, "at_once": 2, "checkpointing": False,
+             "empty_share": 0.5, "sampler_steps": 3, "guidance": 2.0, "batch": 2, "at_once": 2, "memory": "fast",
              "balance_points": 3, "preview_size": 128,
              "preview_prompt": "x", "text_encoders": "learn", "equal_norms": True, "dense_rank": 8,
              "max_rank": 12, "ridge": 0.2, "keep_energy": 0.9, "keep_norm": 0.95,

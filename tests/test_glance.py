@@ -5,10 +5,12 @@ import os
 
 import kinds
 import pytest
+import torch
 from kinds import FILES
 
 from ziplora_lib import charts, effort
 from ziplora_lib.errors import BadInput
+from ziplora_lib.job import run
 from ziplora_lib.lora.reader import glance, read
 
 
@@ -111,6 +113,31 @@ def test_what_a_merge_takes_grows_with_what_it_does(recipe_of):
     assert effort.expected(recipe_of(), []) is None
     assert effort.expected(recipe_of(), [(recipe_of(), 10.0)]) == 10.0
     assert effort.expected(recipe_of(resolution=128), [(recipe_of(), 10.0)]) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"steps": 10, "samples": 5, "batch": 2}, {"method": "ssr"}, {"objective": "paper"}, {"loss_guidance": 1.0},
+        {"memory": "checkpointing", "pictures": 2, "balance_points": 3},
+    ],
+)  # fmt: skip
+def test_what_a_merge_takes_is_what_it_does(host, recipe_of, fields):
+    """Rows through the UNet, those with gradients twice, for their backward, but for the one that is only counted."""
+    recipe, seen = recipe_of(**{"steps": 5, **fields}), []
+
+    def count(_module, args, kwargs):
+        seen.append((len(args[0]), torch.is_grad_enabled()))
+
+    handle = host.pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        run(recipe, host)
+    finally:
+        handle.remove()
+    recomputed = recipe.memory == "checkpointing"  # the blocks, which is no pass of the UNet's own
+    rows = sum(n * (1 + grad * (2 if recomputed else 1)) for n, grad in seen)
+    counted = next((n for n, grad in seen if grad), 0) * (3 if recomputed else 2) if recipe.at_once is None else 0
+    assert rows - counted == effort.passes(recipe)
 
 
 def test_curves_end_where_their_values_end():

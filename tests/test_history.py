@@ -55,7 +55,7 @@ def finished(pair_files, tmp_path_factory):
     parents = [{"lora": file.stem, "role": file.stem, "prompt": f"a photo of sks {file.stem}"} for file in pair_files]
     recipe = parse({
         "parents": parents, "output": "merged", "preview_prompt": "a cat, in szn style", "balance_points": 3, "steps": 4,
-        "resolution": 64, "pictures": 1, "samples": 4, "sampler_steps": 2, "checkpointing": False, "at_once": 8,
+        "resolution": 64, "pictures": 1, "samples": 4, "sampler_steps": 2, "memory": "fast", "at_once": 8,
     })  # fmt: skip
     return run(recipe, DiffusersHost("miniature", folder, "cpu"))
 
@@ -74,7 +74,7 @@ def again(host, recipe):
 
     fields, gone = matched(recipe, host.loras())
     assert gone == []
-    return Path(run(parse({**fields, "checkpointing": False, "overwrite": True}), host).file).read_bytes()
+    return Path(run(parse({**fields, "memory": "fast", "overwrite": True}), host).file).read_bytes()
 
 
 def test_the_recipe_of_a_file_and_of_its_picture_gives_the_same_merge(there, merged, tmp_path):
@@ -213,13 +213,13 @@ def test_any_text_goes_into_a_picture_and_comes_out(tmp_path_factory, text):
 
 def test_what_is_stored_is_a_body_for_the_api():
     asked = {"parents": [{**PARENTS[0], "reference": ["/home/me/a.png", "/home/me/b.png"]}, PARENTS[1]],
-             "output": "dog-ink", "steps": 7, "lam": 0.5, "preview_size": 512, "checkpointing": False}  # fmt: skip
+             "output": "dog-ink", "steps": 7, "lam": 0.5, "preview_size": 512, "memory": "fast"}  # fmt: skip
     recipe = parse(asked)
     kept = stored(recipe, ["dog", "ink"], recipe.strengths)
     fields, notes = understood(kept)
     back = parse(json.loads(as_json(kept)))
-    assert back == parse({**asked, "parents": PARENTS, "checkpointing": True})
-    assert "checkpointing" not in fields, "what depends on the machine is not in it"
+    assert back == parse({**asked, "parents": PARENTS, "memory": "auto"})
+    assert "memory" not in fields, "what depends on the machine is not in it"
     assert [note for note in notes if "dog" in note and "training pictures" in note] == notes != []
     assert not any(parent.reference for parent in back.parents), "no file of somebody else's is ever named"
 

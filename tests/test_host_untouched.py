@@ -89,7 +89,7 @@ def test_the_model_is_as_it_was(host, recipe_of, ending, state):
         host.pipe.unet.conv_in.register_forward_hook(lambda *_: None)
     before_picture, before = picture(host), everything(host)  # transformers hangs hooks of its own on the first picture
     callback, wanted = ENDINGS[ending]
-    run = Job.merge(recipe_of(checkpointing=state == "as loaded", balance_points=3))
+    run = Job.merge(recipe_of(memory="offload" if state == "as loaded" else "checkpointing", balance_points=3))
     run.run(host, callback)
     assert run.state == wanted, run.error
     assert changes(before, everything(host)) == []

@@ -12,6 +12,7 @@ from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.job import preflight, run
 from ziplora_lib.jobs import Job
 from ziplora_lib.lora.reader import read
+from ziplora_lib.merge.blocks import blocks_of
 
 
 def saved(host):
@@ -40,7 +41,7 @@ def test_memory_savers_change_no_coefficient(host, recipe_of):
     base = {"steps": 3, "batch": 2, "dtype": "fp32"}
     run(recipe_of(**base), host)
     wanted = read(host.destination("merged")).deltas
-    for fields in ({"checkpointing": True}, {"at_once": 1}, {"at_once": 3}):
+    for fields in ({"memory": "checkpointing"}, {"memory": "offload"}, {"at_once": 1}, {"at_once": 3}):
         run(recipe_of(**base, overwrite=True, **fields), host)
         given = read(host.destination("merged")).deltas
         assert given.keys() == wanted.keys()
@@ -53,12 +54,12 @@ def test_checkpointing_really_is_on_while_merging_and_only_then(host, recipe_of)
 
     def look(info):
         if info["phase"] == "merge":
-            seen.append(host.pipe.unet.is_gradient_checkpointing)
+            seen.append(any("forward" in vars(block) for block in blocks_of(host.pipe.unet)))
 
-    run(recipe_of(steps=1, checkpointing=True), host, look)
-    run(recipe_of(steps=1, checkpointing=False, overwrite=True), host, look)
+    run(recipe_of(steps=1, memory="checkpointing"), host, look)
+    run(recipe_of(steps=1, memory="fast", overwrite=True), host, look)
     assert seen == [True, False]
-    assert not host.pipe.unet.is_gradient_checkpointing
+    assert not any("forward" in vars(block) for block in blocks_of(host.pipe.unet))
 
 
 def test_a_stop_in_the_merge_keeps_the_best_and_says_so(host, recipe_of):

@@ -29,7 +29,7 @@ TINY = {
     "pictures": 1,
     "samples": 4,
     "sampler_steps": 2,
-    "checkpointing": False,
+    "memory": "fast",
     "at_once": 8,
 }
 FLAGS = ["--steps", "2", "--resolution", "64", "--pictures", "1", "--samples", "4", "--sampler-steps", "2",

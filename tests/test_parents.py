@@ -128,7 +128,7 @@ def test_attached_factors_grow_with_the_sum_of_the_ranks(host, pair_files, third
     """Memory: every further LoRA costs its own factors, and no dense ΔW is ever formed."""
     recipe = recipe_of(parents=three)
     ready = preflight(recipe, host)
-    with host.session(recipe.checkpointing):
+    with host.session():
         stacks = prepare(recipe, ready, host, lambda _: None)[0].stacks
     held = sum(stack.up.numel() + stack.down.numel() for stack in stacks.values())
     files = [read(file) for file in (*pair_files, third_file)]

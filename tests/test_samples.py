@@ -43,7 +43,7 @@ def zipped(samples, tmp_path_factory):
             {"lora": str(samples[1]), "role": "style", "prompt": STYLE_PROMPT},
         ],
         "output": "zipped", "resolution": world.SIDE, "sampler_steps": 12, "guidance": GUIDANCE,
-        "balance_points": 1, "checkpointing": False, "at_once": 8,
+        "balance_points": 1, "memory": "fast", "at_once": 8,
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("zipped")
     return run(parse(recipe), DiffusersHost("miniature", folder, "cpu")), folder / "zipped.safetensors"

@@ -82,7 +82,7 @@ def recipe(parents, **fields):
             {"lora": str(parents[1]), "role": "style", "prompt": "a house in szn style", "strength": 0.8},
         ],
         "output": "merged", "steps": 4, "resolution": SIDE, "pictures": 1, "samples": 4, "sampler_steps": 2,
-        "balance_points": 1, "checkpointing": False, "at_once": 8, "dtype": "fp32", **fields,
+        "balance_points": 1, "memory": "fast", "at_once": 8, "dtype": "fp32", **fields,
     })  # fmt: skip
 
 

@@ -262,7 +262,7 @@ def test_a_file_in_half_precision_is_the_plain_sum_but_for_rounding(merge, look)
 
 
 def test_a_learned_merge_has_kept_less_than_all(merge, look):
-    merge(method="ziplora", steps=3, lr=0.05, start=0.5, pictures=1, samples=4, checkpointing=False, at_once=8)
+    merge(method="ziplora", steps=3, lr=0.05, start=0.5, pictures=1, samples=4, memory="fast", at_once=8)
     seen = look()
     assert seen.all.change > 0.05
     assert "The merge changed" in summary(seen)

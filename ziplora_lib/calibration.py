@@ -1,13 +1,13 @@
 """Calibration samples: what the loss is taken on.
 
 By default each LoRA alone makes its own pictures from its own prompt, so nobody has to keep training pictures; the samples
-are those pictures, noised to every level, with the predictions of that LoRA alone and of the bare model.
+are those pictures, noised to every level, with what that LoRA alone predicts, and where it is asked for the bare model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from ziplora_lib.errors import BadInput, Stopped
 from ziplora_lib.hosts.host import Cond, Host
 from ziplora_lib.merge.attach import Down, Router, Visit
 from ziplora_lib.merge.method import Calibration, Callback, Sample
+from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.recipe import Recipe
 
 LEVELS = 1000
@@ -96,9 +97,9 @@ def calibrated(host: Host, router: Router, recipe: Recipe, callback: Callback) -
 def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) -> tuple[list[Sample], list[Sample]]:
     """The training samples and the held-out ones (fresh noise on the same pictures, own prompts), in a fixed order.
 
-    Teacher and bare predictions of two LoRAs' samples come from one batched pass, routed by sample. Under guidance both are
-    guided against the bare model's empty prompt: what a LoRA of its own does to the empty prompt is the other's disturbance.
-    Raises Stopped when the callback asks to stop: there is nothing to keep yet.
+    All predictions of two LoRAs' samples come from one batched pass, routed by row; those that no step will look at are
+    not made. Under guidance they are guided against the bare model's empty prompt: what a LoRA of its own does to the empty
+    prompt is the other's disturbance. Raises Stopped when the callback asks to stop: there is nothing to keep yet.
     """
     held_out = recipe.held_out
     total = sum(len(p.reference) or recipe.pictures for p in recipe.parents) + recipe.samples + held_out
@@ -117,17 +118,25 @@ def calibrate(host: Host, router: Router, recipe: Recipe, callback: Callback) ->
         latents.append(_latents(host, router, recipe, i, given, advance))
         prompts.append([_encode(host, router, i, text, recipe.resolution) for text in (parent.prompt, "")])
     generator = torch.Generator().manual_seed(recipe.seed)
-    samples = []
-    for n, share in ((recipe.samples, recipe.empty_share), (held_out, 0.0)):
+    # two LoRAs at once, however many there are: memory must not grow with them
+    together = 1 if recipe.at_once == 1 else 2
+    with_bare, guidance = OBJECTIVES[recipe.objective].against_bare, recipe.loss_guidance
+    train, judging = [], []
+    for samples, n, taught, share in (
+        (train, recipe.samples, recipe.taught, recipe.empty_share),
+        (judging, held_out, held_out, 0.0),
+    ):
         drawn = [_drawn(latents[i], n, share, generator) for i in range(len(recipe.parents))]
-        group = []
-        for row in zip(*drawn):
-            # two LoRAs at once, however many there are: memory must not grow with them
-            for first in range(0, len(row), 2):
-                group += _predicted(host, router, first, row[first : first + 2], prompts, recipe.loss_guidance)
+        for k, row in enumerate(zip(*drawn)):
+            noised = [_noised(host, i, draw, prompts[i]) for i, draw in enumerate(row)]
+            if k < taught:
+                for first in range(0, len(noised), together):
+                    some = noised[first : first + together]
+                    samples += _predicted(host, router, some, prompts, guidance, with_bare or samples is judging)
+            else:
+                samples += noised
             advance("predicting")
-        samples.append(group)
-    return samples[0], samples[1]
+    return train, judging
 
 
 def _latents(host: Host, router: Router, recipe: Recipe, i: int, given: list[Image.Image], advance) -> Tensor:
@@ -167,34 +176,44 @@ def _drawn(latents: Tensor, n: int, share: float, generator: torch.Generator) ->
     return [(latents[k % len(latents)][None], noise[k][None], levels[k : k + 1], bool(empty[k])) for k in range(n)]
 
 
+def _noised(host: Host, i: int, draw: tuple, prompts: list[_Prompts]) -> Sample:
+    latent, noise, t, empty = draw
+    read = prompts[int(empty)]
+    return Sample(i, host.add_noise(latent, noise, t).float().cpu(), t, read.text, read.merged, alone=read.alone)
+
+
 def _predicted(
-    host: Host, router: Router, first: int, row: Sequence[tuple], prompts: list[list[_Prompts]], guidance: float
+    host: Host,
+    router: Router,
+    samples: Sequence[Sample],
+    prompts: list[list[_Prompts]],
+    guidance: float,
+    with_bare: bool,
 ) -> list[Sample]:
-    """One sample of each LoRA from the first on: [alone, bare] for each, in one pass; then the empty prompts, if guided."""
-    parents = range(first, first + len(row))
-    x = [host.add_noise(latent, noise, t).float().cpu() for latent, noise, t, _ in row]
-    read = [prompts[i][int(empty)] for i, (*_, empty) in zip(parents, row)]
-    router.alone(*(who for i in parents for who in (i, None)))
-    predictions = host.predict(
-        torch.cat([latent for latent in x for _ in "ab"]),
-        torch.cat([t for _, _, t, _ in row for _ in "ab"]),
-        [cond for r in read for cond in (r.alone, r.bare)],
-    )
-    pairs, empties = predictions.float().cpu().split(1), {}
-    if guided := [k for k, (*_, empty) in enumerate(row) if not empty and guidance > 1]:
-        router.bare()
-        levels, empty = torch.cat([row[k][2] for k in guided]), [prompts[first + k][1] for k in guided]
-        found = host.predict(torch.cat([x[k] for k in guided]), levels, [r.bare for r in empty]).float().cpu()
-        empties = dict(zip(guided, zip(found.split(1), empty)))
-    samples = []
-    for k, i in enumerate(parents):
-        target, bare, read_empty = pairs[2 * k], pairs[2 * k + 1], None
-        if k in empties:
-            free, of_empty = empties[k]
-            target, bare, read_empty = _guided(target, free, guidance), _guided(bare, free, guidance), of_empty.merged
-        r = read[k]
-        samples.append(Sample(i, x[k], row[k][2], r.text, r.merged, target, bare, r.alone, read_empty))
-    return samples
+    """The samples with their targets, if asked for also what the bare model says; one pass for all of it."""
+    rows: list[tuple[int, int | None, Cond]] = []  # (sample, LoRA, prompt)
+    for k, s in enumerate(samples):
+        read, empty = prompts[s.parent][int(not s.text)], prompts[s.parent][1]
+        rows.append((k, s.parent, read.alone))
+        if with_bare:
+            rows.append((k, None, read.bare))
+        if s.text and guidance > 1:
+            rows.append((k, None, empty.bare))
+    router.alone(*(who for _, who, _ in rows))
+    of_row = [samples[k] for k, *_ in rows]
+    told = host.predict(torch.cat([s.x for s in of_row]), torch.cat([s.t for s in of_row]), [c for *_, c in rows])
+    found: list[list[Tensor]] = [[] for _ in samples]
+    for (k, *_), prediction in zip(rows, told.float().cpu().split(1)):
+        found[k].append(prediction)
+    taught = []
+    for s, predictions in zip(samples, found):
+        read_empty = None
+        if s.text and guidance > 1:
+            read_empty, free = prompts[s.parent][1].merged, predictions.pop()
+            predictions = [_guided(prediction, free, guidance) for prediction in predictions]
+        target, bare = predictions if with_bare else (*predictions, None)
+        taught.append(replace(s, target=target, bare=bare, empty=read_empty))
+    return taught
 
 
 def _guided(told: Tensor, empty: Tensor, guidance: float) -> Tensor:

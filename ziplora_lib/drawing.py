@@ -115,6 +115,10 @@ class Sheet:
     weights: list[list[list[float]]] = field(default_factory=list)
     stopped: bool = False
 
+    def forget_pictures(self) -> None:
+        """Frees their memory."""
+        self.rows.clear()
+
     @property
     def pictures(self) -> list[tuple[Image.Image, str]]:
         """All of them in order, each with its caption."""

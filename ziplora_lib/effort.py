@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ziplora_lib.merge import NEEDS_MODEL
+from ziplora_lib.merge import BY_STEPS, NEEDS_MODEL
+from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.recipe import Recipe
 
-# a backward takes about as long as two forwards, and one more where blocks are recomputed
-BACKWARD, RECOMPUTED = 2, 1
+# no weight has a gradient, so a backward is about as much work as a forward (benchmarks/results/footprint.json); and once
+# more where blocks are recomputed
+BACKWARD, RECOMPUTED = 1, 1
 
 
 def passes(recipe: Recipe) -> int:
@@ -20,13 +22,15 @@ def passes(recipe: Recipe) -> int:
     parents, rows = len(recipe.parents), 2 if recipe.loss_guidance > 1 else 1
     held_out = recipe.held_out
     made = sum(0 if parent.reference else recipe.pictures * pictured for parent in recipe.parents)
-    predicted = (recipe.samples + held_out) * parents * (1 + rows)
-    observed = recipe.samples * parents
+    objective = OBJECTIVES[recipe.objective]
+    of_taught = rows + objective.against_bare
+    predicted = (recipe.taught * of_taught + held_out * (1 + rows)) * parents
+    observed = recipe.samples * parents if objective.warm_start or recipe.method not in BY_STEPS else 0
     judged = 2 * held_out * parents * rows
     learned = 0
-    if recipe.method == "ziplora":
+    if recipe.method in BY_STEPS:
         step = recipe.batch * parents * rows
-        learned = recipe.steps * step * (1 + BACKWARD + (RECOMPUTED if recipe.checkpointing else 0))
+        learned = recipe.steps * step * (1 + BACKWARD + (0 if recipe.memory == "fast" else RECOMPUTED))
         judged += 5 * held_out * parents * rows
     return made + predicted + observed + learned + judged + previews
 

@@ -21,6 +21,10 @@ class MergeFailed(RuntimeError):
     """A merge that began and could not give a right result (for instance: gradients all zero). Nothing is saved."""
 
 
+class NotFinite(MergeFailed):
+    """A merge whose numbers left what the model's precision can hold: in another one it may go well."""
+
+
 class Stopped(Exception):
     """The user stopped a merge before there was anything to keep."""
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ziplora_lib import calibration, history, memory, verdict
-from ziplora_lib.errors import BadInput, MergeFailed, Stopped, out_of_memory
+from ziplora_lib.errors import BadInput, MergeFailed, NotFinite, Stopped, out_of_memory
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
@@ -26,7 +26,7 @@ from ziplora_lib.lora.metadata import merged_metadata, trained_elsewhere, trigge
 from ziplora_lib.lora.reader import Lora
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
-from ziplora_lib.merge import NEEDS_MODEL, balance
+from ziplora_lib.merge import BY_STEPS, NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, Slot, attach
 from ziplora_lib.merge.method import Callback, Merged, Settings
 from ziplora_lib.merge.methods import METHODS
@@ -58,8 +58,8 @@ class Preflight:
 class Result:
     """A finished merge.
 
-    recipe: as the file keeps it; verdict: whether it paid, in words; pictures: (balance, picture) from subject to style,
-    the same seed.
+    recipe: as the file keeps it; verdict: whether it paid, in words; memory: how the steps ran (`memory.Plan`); pictures:
+    (balance, picture) from subject to style, the same seed.
     """
 
     file: str
@@ -71,10 +71,15 @@ class Result:
     learned: dict
     verdict: str
     saved: dict
+    memory: dict | None
     preflight: dict
     seconds: dict
     history: list[dict] = field(repr=False, default_factory=list)
     pictures: list[tuple[float, Image.Image]] = field(repr=False, default_factory=list)
+
+    def forget_pictures(self) -> None:
+        """Frees their memory."""
+        self.pictures.clear()
 
     def public(self) -> dict:
         """As JSON: all but the history and the pictures."""
@@ -118,8 +123,8 @@ def preflight(recipe: Recipe, host: Host, values: bool = True) -> Preflight:
     learn_text = recipe.text_encoders == "learn"
     if learn_text and model and model.moves:
         raise BadInput(
-            "the text encoders cannot be learned while the model's parts are moved to and fro (--medvram)",
-            remedy="Set text_encoders to sum, or start the WebUI without --medvram",
+            "the text encoders cannot be learned while the model's parts are moved to and fro (--medvram, --lowvram)",
+            remedy="Set text_encoders to sum, or start the WebUI without it",
         )
     only_factors = recipe.layer_names != "kohya"
     if only_factors and not any(lora.layers for lora in loras):
@@ -150,6 +155,7 @@ def preflight(recipe: Recipe, host: Host, values: bool = True) -> Preflight:
             "a resolution of 512 suits it better"
         )
     details["model"] = asdict(model) if model else None
+    details["free_memory"] = memory.free_memory(torch.device(model.device)) if model else None
     details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
     return Preflight(loras, slots, destination, details)
 
@@ -198,30 +204,54 @@ def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) ->
 def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
     """Merges, saves and publishes. The callback gets a dict a step; a true answer stops and keeps the best so far.
 
-    Where memory runs out it begins again by itself, more sparingly, and says so in a warning. Raises BadInput before any
-    work, Stopped when there was nothing to keep, MergeFailed when no right result came. However it ends, the host is as it
-    was before.
+    Where memory runs out it begins again by itself, more sparingly, and where the model's precision gives no finite numbers,
+    once in fp32; it says so in a warning. Raises BadInput before any work, Stopped when there was nothing to keep,
+    MergeFailed when no right result came. However it ends, the host is as it was before.
     """
-    said: list[str] = []
+    attempt = Attempt(recipe)
     while True:
         try:
-            return _run(recipe, host, callback, said)
+            return _run(attempt, host, callback)
         except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if (less := memory.sparing(recipe)) is None:
-                raise MergeFailed(
-                    "There is too little memory, and nothing is left that would save some. Choose a smaller resolution than "
-                    f"{recipe.resolution}, or close what else uses the GPU."
-                ) from None
+            attempt = _again(attempt, error, host)
         # only here is the error gone, and with it what its frames still held
         memory.give_back()
-        recipe, what = less
-        said.append(f"memory ran out: begun again with {what}")
-        callback({"phase": "preflight", "step": 0, "steps": 1, "what": said[-1], "again": True})
+        callback({"phase": "preflight", "step": 0, "steps": 1, "what": attempt.said[-1], "again": True})
 
 
-def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[str]) -> Result:
+@dataclass
+class Attempt:
+    """One try at a merge. said: why it is not the first; plan: how its steps run, once that is known."""
+
+    recipe: Recipe
+    full_precision: bool = False
+    said: tuple[str, ...] = ()
+    plan: memory.Plan | None = None
+
+
+def _again(attempt: Attempt, error: Exception, host: Host) -> Attempt:
+    """The next try after this error. Raises it, or what it means, where there is none."""
+    if isinstance(error, NotFinite) and not attempt.full_precision and (now := host.model().dtype) != "float32":
+        said = f"the model gave no finite values in {now}: begun again in float32"
+        return Attempt(attempt.recipe, True, (*attempt.said, said))
+    if not out_of_memory(error):
+        raise error
+    if attempt.full_precision and attempt.plan is None:
+        raise MergeFailed(
+            "The model gives no finite values in half precision, and for full precision there is too little memory. Use "
+            "it in bf16, or close what else uses the GPU."
+        ) from None
+    if (less := memory.sparing(attempt.recipe, attempt.plan)) is None:
+        raise MergeFailed(
+            "There is too little memory, and nothing is left that would save some. Choose a smaller resolution than "
+            f"{attempt.recipe.resolution}, or close what else uses the GPU."
+        ) from None
+    recipe, what = less
+    return Attempt(recipe, attempt.full_precision, (*attempt.said, f"memory ran out: begun again with {what}"))
+
+
+def _run(attempt: Attempt, host: Host, callback: Callback) -> Result:
+    recipe = attempt.recipe
     started = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -231,14 +261,14 @@ def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[s
     callback({"phase": "preflight", "step": 0, "steps": 1})
     ready = preflight(recipe, host)
     phase_done("preflight")
-    warnings = [*said_before, *ready.report["warnings"]]
+    warnings = [*attempt.said, *ready.report["warnings"]]
     # the session first: it takes out what the last generation's LoRAs had brought
-    with host.session(recipe.checkpointing), host.embeddings(ready.loras):
+    with host.session(attempt.full_precision), host.embeddings(ready.loras):
         pairing, strengths, said = prepare(recipe, ready, host, callback)
         warnings += said
         phase_done("open")
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
-            merged = _merge(recipe, host, router, pairing, callback, phase_done)
+            merged = _merge(attempt, host, router, pairing, callback, phase_done)
         warnings += merged.warnings
         if merged.stopped:
             warnings.append(
@@ -251,6 +281,8 @@ def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[s
             before = "; the errors are those from before the cut" if "error" in merged.summary else ""
             warnings.append(f"cutting the rank of {loss.layers} layers lost {loss}{before}")
         kept = stored(recipe, [lora.name for lora in ready.loras], strengths)
+        if attempt.plan and recipe.method in BY_STEPS:
+            kept["at_once"] = attempt.plan.at_once  # rounding depends on it
         saved = _save(recipe, ready, merged, stacks, pairing.vectors, kept, warnings)
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
@@ -273,6 +305,7 @@ def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[s
         learned=merged.summary,
         verdict=verdict.verdict(errors, summed, ready.report["parents"], recipe.loss_guidance > 1),
         saved=saved,
+        memory=asdict(attempt.plan) if attempt.plan and recipe.method in BY_STEPS else None,
         preflight=ready.report,
         seconds=seconds,
         history=merged.history,
@@ -280,22 +313,30 @@ def _run(recipe: Recipe, host: Host, callback: Callback, said_before: Sequence[s
     )
 
 
-def _merge(recipe: Recipe, host: Host, router: Router, pairing: Pairing, callback: Callback, phase_done) -> Merged:
-    settings = settings_of(recipe)
+def _merge(attempt: Attempt, host: Host, router: Router, pairing: Pairing, callback: Callback, phase_done) -> Merged:
+    recipe = attempt.recipe
     if recipe.method not in NEEDS_MODEL:
-        return METHODS[recipe.method](pairing, None, settings, callback)
+        return METHODS[recipe.method](pairing, None, settings_of(recipe), callback)
     if not pairing.learned:
-        return METHODS["direct"](pairing, None, settings, callback)
+        return METHODS["direct"](pairing, None, settings_of(recipe), callback)
     samples = calibration.calibrated(host, router, recipe, callback)
     phase_done("calibrate")
-    merged = METHODS[recipe.method](pairing, samples, settings, callback)
+    with host.resting(text=recipe.text_encoders == "learn"):
+        memory.give_back()
+        attempt.plan = memory.Plan("fast" if recipe.memory == "auto" else recipe.memory, recipe.together)
+        attempt.plan = plan = memory.choose(recipe, host, pairing, samples)
+        if recipe.method in BY_STEPS:
+            callback({"phase": "warm start", "step": 0, "steps": 1, "what": f"memory: {plan}"})
+        with memory.followed(plan, host.unet(), samples.device):
+            merged = METHODS[recipe.method](pairing, samples, settings_of(recipe, plan.at_once), callback)
     phase_done("merge")
     return merged
 
 
-def settings_of(recipe: Recipe) -> Settings:
-    """What of the recipe is the method's."""
-    return Settings(**{name: getattr(recipe, name) for name in Settings.__dataclass_fields__})
+def settings_of(recipe: Recipe, at_once: int | None = None) -> Settings:
+    """What of the recipe is the method's. at_once: samples in one pass, as the recipe has it if not given."""
+    fields = {name: getattr(recipe, name) for name in Settings.__dataclass_fields__}
+    return Settings(**{**fields, "at_once": at_once or recipe.together})
 
 
 def _save(

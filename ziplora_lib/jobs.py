@@ -21,8 +21,8 @@ merging = later("ziplora_lib.job")
 # (host, callback) -> an outcome: `public()` is it as JSON; a true `stopped` says that it was broken off and kept
 Work = Callable[[Host, Callback], Any]
 
-# ended jobs that can still be asked about
-KEPT_JOBS = 100
+# ended jobs that can still be asked about, and those of them whose pictures are kept: 20 MB of five at 1024 pixels
+KEPT_JOBS, KEPT_PICTURES = 100, 3
 
 
 class Job:
@@ -125,8 +125,11 @@ class Job:
 
 
 def remember(jobs: dict[str, Job], job: Job) -> None:
-    """Adds a job; the oldest ended ones are forgotten."""
+    """Adds a job; of ended ones the pictures are forgotten first, then the oldest themselves."""
     jobs[job.id] = job
     ended = [key for key, j in jobs.items() if j.ended]
+    pictured = [jobs[key].result for key in ended if getattr(jobs[key].result, "forget_pictures", None)]
+    for result in pictured[:-KEPT_PICTURES]:
+        result.forget_pictures()
     for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
         del jobs[key]

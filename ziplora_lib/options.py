@@ -38,7 +38,6 @@ OPTIONS = {
     "steps": _of_recipe("steps", "Steps"),
     "resolution": _of_recipe("resolution", "Resolution", 64),
     "dtype": _of_recipe("dtype", "Precision"),
-    "at_once": _of_recipe("at_once", "Samples at once"),
-    "checkpointing": _of_recipe("checkpointing", "Save memory"),
+    "memory": _of_recipe("memory", "Memory"),
     "balance_points": _of_recipe("balance_points", "Pictures along the balance", 2),
 }

@@ -13,7 +13,7 @@ except ImportError:
     from pydantic import BaseModel, Extra, Field, ValidationError, root_validator, validator
 
 from ziplora_lib.errors import BadInput
-from ziplora_lib.merge import SAID
+from ziplora_lib.merge import BY_STEPS, MODES, SAID
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.naming import lora_name
 
@@ -133,13 +133,19 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     sampler_steps: int = Field(20, ge=1, le=100, description="sampler steps of calibration and preview pictures")
     guidance: float = Field(5.0, ge=1, le=30, description="guidance of calibration and preview pictures")
     batch: int = Field(1, ge=1, le=16, description="samples of each LoRA in a step")
-    at_once: int = Field(
-        1,
+    at_once: Optional[int] = Field(
+        None,
         ge=1,
         le=32,
-        description="samples in one forward pass, two rows each under guidance: more is faster and takes more memory",
+        description="samples in one forward pass, two rows each under guidance; if not given all of a step, or one where "
+        "memory is short",
     )
-    checkpointing: bool = Field(True, description="recompute blocks in the backward: slower, far less memory")
+    memory: Literal[("auto", *MODES)] = Field(
+        "auto",
+        description="how the steps save memory; "
+        + "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
+        + "; auto: the first of them that fits into what is free",
+    )
     balance_points: int = Field(
         5,
         ge=1,
@@ -195,6 +201,16 @@ class Recipe(BaseModel, extra=Extra.forbid, validate_assignment=True):
     def held_out(self) -> int:
         """Samples of each LoRA that are learned on by none: what a merge is judged by."""
         return max(4, self.samples // 8)
+
+    @property
+    def taught(self) -> int:
+        """Training samples of each LoRA that a step looks at; of the others only the inputs are of use."""
+        return min(self.samples, self.steps * self.batch) if self.method in BY_STEPS else 0
+
+    @property
+    def together(self) -> int:
+        """Samples in one pass, where memory allows it."""
+        return self.at_once or self.batch * len(self.parents)
 
     @property
     def whole_or_rank(self) -> int | None:
@@ -253,6 +269,6 @@ def stored(recipe: Recipe, names: Sequence[str], strengths: Sequence[float]) -> 
     for parent, name, strength in zip(fields["parents"], names, strengths):
         parent["lora"], parent["strength"] = name, float(f"{strength:.6g}")
         parent["reference"] = len(parent["reference"])
-    for field in ("overwrite", "allow_same", "checkpointing"):
+    for field in ("overwrite", "allow_same", "memory"):
         fields.pop(field)
     return fields

@@ -44,9 +44,7 @@ def main(folder: Path) -> None:
             "resolution": world.SIDE,
             "sampler_steps": 12,
             "guidance": 3.0,
-            "at_once": 8,
             "balance_points": 1,
-            "checkpointing": False,
             "overwrite": True,
         }
     )

@@ -183,8 +183,8 @@ def sparse(on: Opened, parent: int, share: float) -> Iterator[Shown]:
 def against_its_own(on: Opened) -> Iterator[Shown]:
     """Each LoRA guided against what it makes of the empty prompt itself, instead of what the bare model does."""
 
-    def predicted(host, router, first, row, prompts, guidance) -> list[Sample]:
-        made = predicted_as_it_is(host, router, first, row, prompts, guidance)
+    def predicted(host, router, samples, prompts, guidance, with_bare) -> list[Sample]:
+        made = predicted_as_it_is(host, router, samples, prompts, guidance, with_bare)
         for k, s in enumerate(made):
             if s.empty is not None:
                 router.bare()

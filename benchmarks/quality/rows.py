@@ -40,8 +40,10 @@ from ziplora_lib.recipe import Recipe, parse
 ROLES = ["subject", "style"]
 GRID = Path(__file__).parents[1] / "results" / "grid.json"
 # of the recipe, what suits pictures of 64 pixels
-SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 2.0, "checkpointing": False, "at_once": 8}
-CALIBRATING = ("pictures", "samples", "empty_share", "seed", "text_encoders", "guidance", "loss_guidance")
+SMALL = {"resolution": world.SIDE, "sampler_steps": 12, "guidance": 2.0, "memory": "fast", "at_once": 8}
+CALIBRATING = (
+    "pictures", "samples", "taught", "objective", "empty_share", "seed", "text_encoders", "guidance", "loss_guidance",
+)  # fmt: skip
 
 
 def fields_of(chosen: Pair, regime: str, seed: int, strengths: Sequence[float]) -> dict:
@@ -100,12 +102,20 @@ def opened(
     fields = fields_of(chosen, regime, seed, strengths)
     recipe = parse(fields)
     ready = job.preflight(recipe, host)
-    with host.session(recipe.checkpointing):
+    with host.session():
         pairing, *_ = job.prepare(recipe, ready, host, lambda _: None)
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
             judging = parse({**fields, "loss_guidance": 1.0, "samples": 16, "seed": 99})
-            held_out, _ = calibration.calibrate(host, router, judging, lambda _: None)
+            samples, _ = calibration.calibrate(host, router, judging, lambda _: None)
+            held_out = [_with_bare(host, router, s) for s in samples]
             yield Opened(host, chosen, regime, seed, fields, pairing, ready.slots, router, held_out)
+
+
+@torch.no_grad()
+def _with_bare(host: DiffusersHost, router: Router, s: Sample) -> Sample:
+    """What the bare model predicts too, which the default's loss does not ask for."""
+    router.bare()
+    return replace(s, bare=host.predict(s.x, s.t, [host.encode(s.text, world.SIDE, negative=not s.text)]).float().cpu())
 
 
 @dataclass(frozen=True)

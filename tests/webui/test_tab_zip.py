@@ -225,7 +225,8 @@ def zipped(browser, site, loras):
     found = {}
     page = opened(browser, site.url)
     tab = Tab(page)
-    tab.pair("tab-zipped", **small(site, overwrite=True))
+    # long enough to be watched
+    tab.pair("tab-zipped", **{**small(site, overwrite=True), "steps": 60})
     found["progress"] = tab.zip(until="merge: step 4")
     page.wait_for_selector("#ziplora_live .ziplora_curve", timeout=60_000)
     page.wait_for_selector("#ziplora_live_preview .livePreview img", timeout=60_000)
@@ -243,7 +244,7 @@ def test_zip_shows_its_steps(zipped):
     assert any("step" in text and "%" in text for text in zipped["progress"])
     assert any(text.startswith("merge: step") for text in zipped["progress"])
     assert "tab-zipped" in zipped["live"]
-    assert re.search(r"step \d+ of 10", zipped["live"])
+    assert re.search(r"step \d+ of 60", zipped["live"])
     assert "loss" in zipped["live"]
     assert len(zipped["charts"]) == 2
     assert "on the subject" in zipped["charts"][0]
@@ -253,7 +254,7 @@ def test_zip_shows_its_steps(zipped):
 def test_zip_ends_with_a_file_and_its_side_files(zipped, loras, site):
     assert zipped["tag"] == "<lora:tab-zipped:1>"
     merged = read(loras / "tab-zipped.safetensors")
-    assert json.loads(merged.metadata["ziplora.recipe"])["steps"] == 10
+    assert json.loads(merged.metadata["ziplora.recipe"])["steps"] == 60
     card = json.loads((loras / "tab-zipped.json").read_text())
     assert card["activation text"] == f"{TRIGGER}, {TAG}"
     assert "tab-subject" in card["notes"]

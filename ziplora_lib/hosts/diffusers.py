@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ziplora_lib.errors import BadInput, out_of_memory
+from ziplora_lib.hosts import precision
 from ziplora_lib.hosts.host import Entry, Model, entries
 from ziplora_lib.hosts.miniature import MINIATURES
 from ziplora_lib.infotext import infotext
@@ -191,24 +192,32 @@ class DiffusersHost:
         return False
 
     @contextmanager
-    def session(self, checkpointing: bool = False) -> Iterator[None]:
+    def session(self, full_precision: bool = False) -> Iterator[None]:
         roots = [*self.adapted.values(), self.pipe.vae]
         flags = [(p, p.requires_grad) for root in roots for p in root.parameters()]
         modes = [(module, module.training) for root in roots for module in root.modules()]
-        checkpointed = self.pipe.unet.is_gradient_checkpointing
         try:
             for root in roots:
                 root.requires_grad_(False).eval()
-            if checkpointing:
-                self.pipe.unet.enable_gradient_checkpointing()
-            yield
+            with precision.full_precision(roots if full_precision else []):
+                yield
         finally:
-            if not checkpointed:
-                self.pipe.unet.disable_gradient_checkpointing()
             for module, training in modes:
                 module.training = training
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+    def unet(self) -> nn.Module:
+        return self.pipe.unet
+
+    @contextmanager
+    def resting(self, text: bool = False) -> Iterator[None]:
+        parts = [self.pipe.vae, *(part for name, part in self.adapted.items() if name != "unet" and not text)]
+        with ExitStack() as back:
+            for part in parts:
+                back.callback(part.to, self.device)
+                part.to("cpu")
+            yield
 
     def encode(
         self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False
@@ -271,7 +280,8 @@ class DiffusersHost:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:
-        latent = latent.to(self.device, self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
+        # where the VAE is: a page can ask for the last picture while it rests
+        latent = latent.to(self.pipe.vae.device, self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
         return self.pipe.image_processor.postprocess(self.pipe.vae.decode(latent).sample)[0]
 
     def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:

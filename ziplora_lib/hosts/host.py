@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ziplora_lib.lora.reader import Lora
     from ziplora_lib.merge.attach import Slot
-
 
 # A prompt, encoded: opaque to all but its host.
 Cond = Any
@@ -25,7 +24,8 @@ Cond = Any
 class Model:
     """What the host says of its model.
 
-    base: "sd1", "sd2" or "sdxl"; prediction: "epsilon" or "v"; moves: its parts change their device between passes.
+    base: "sd1", "sd2" or "sdxl"; prediction: "epsilon" or "v"; moves: what of it changes its device by itself: "" for
+    nothing, "parts" (the UNet, the text encoders, the VAE), "blocks" (of the UNet, too).
     """
 
     name: str
@@ -33,7 +33,7 @@ class Model:
     device: str
     dtype: str
     prediction: str
-    moves: bool = False
+    moves: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,20 @@ class Host(Protocol):
     def progress(self, info: dict) -> bool:
         """Shows a job's step on the host's own progress bar, if it has one; true if its own interrupt was asked for."""
 
-    def session(self, checkpointing: bool = False) -> AbstractContextManager[None]:
+    def session(self, full_precision: bool = False) -> AbstractContextManager[None]:
         """Base model bare, in eval mode, without gradients for its weights; exit restores all that was found.
 
-        checkpointing: a backward computes each block again instead of keeping what is in it.
+        full_precision: it computes in fp32, whatever it did before; that takes twice the memory of fp16.
+        """
+
+    def unet(self) -> nn.Module:
+        """The live UNet."""
+
+    def resting(self, text: bool = False) -> AbstractContextManager[None]:
+        """Meanwhile only `predict` is asked: the VAE leaves the device, and the text encoders, unless text says otherwise.
+
+        Where the host itself moves the UNet's blocks to and fro, or computes attention in pieces by what memory is free, it
+        does not meanwhile: a block that is computed again has to come out as before.
         """
 
     def encode(self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False) -> Cond:

@@ -30,13 +30,15 @@ from modules import (
     sd_samplers_common,
     sd_unet,
     sd_vae,
+    sd_vae_approx,
+    sd_vae_taesd,
     shared,
 )
 from PIL import Image
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ziplora_lib.errors import BadInput, Stopped, out_of_memory
+from ziplora_lib.hosts import precision
 from ziplora_lib.hosts.host import Entry, Model, entries, share
 from ziplora_lib.later import later
 from ziplora_lib.options import OPTIONS
@@ -62,7 +64,6 @@ INSTEAD = "Merge in AUTOMATIC1111's WebUI, or by python -m ziplora_lib zip; what
 # an attention of open_clip's text encoder: SDXL's second one (1_), and SD 2.x's only one
 _FUSED_ATTENTION = re.compile(r"((?:1_)?model_transformer_resblocks_\d+_attn)_(q|k|v|out)_proj")
 SLOTS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
-_CHECKPOINTED = {"BasicTransformerBlock", "ResBlock"}
 
 
 def lora_extension():
@@ -210,9 +211,6 @@ class WebuiHost:
             )
         if base == "sdxl" and sum(embedder.input_key == "txt" for embedder in model.conditioner.embedders) != 2:
             raise BadInput(f"the loaded checkpoint {name} is a refiner", remedy=plain)
-        if shared.cmd_opts.lowvram:
-            medvram = "--medvram-sdxl" if base == "sdxl" else "--medvram"
-            raise BadInput("the WebUI runs with --lowvram", remedy=f"Start it with {medvram} instead")
         if devices.fp8:
             raise BadInput("FP8 weights are on", remedy="Set Settings > Optimizations > FP8 weight to Disable")
         if sd_unet.current_unet is not None or sd_unet.get_unet_option() is not None:
@@ -221,7 +219,7 @@ class WebuiHost:
             raise BadInput("Hypertile is on", remedy="Switch off Settings > Hypertile > Enable Hypertile U-Net")
         dtype = next(model.model.parameters()).dtype
         prediction = "v" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
-        moves = bool(getattr(model, "lowvram", False))
+        moves = ("blocks" if shared.cmd_opts.lowvram else "parts") if getattr(model, "lowvram", False) else ""
         return Model(name, base, str(devices.device), str(dtype).removeprefix("torch."), prediction, moves)
 
     def model_at_hand(self) -> Model | None:
@@ -273,15 +271,41 @@ class WebuiHost:
                 known.register_embedding_by_name(None, shared.sd_model, name)
 
     @contextmanager
-    def session(self, checkpointing: bool = False) -> Iterator[None]:
+    def session(self, full_precision: bool = False) -> Iterator[None]:
         model = shared.sd_model
         with ExitStack() as stack:
             stack.enter_context(_bare(model))
             sd_models.apply_alpha_schedule_override(model)  # as the settings have it now, not the last generation
             stack.enter_context(_frozen(model))
             stack.enter_context(_no_hypertile(model))
-            if checkpointing:
-                stack.enter_context(_checkpointed(model.model.diffusion_model))
+            if full_precision:
+                stack.enter_context(_full_precision(model))
+            yield
+
+    def unet(self) -> torch.nn.Module:
+        return shared.sd_model.model.diffusion_model
+
+    @contextmanager
+    def resting(self, text: bool = False) -> Iterator[None]:
+        model = shared.sd_model
+        # with a live preview's wish still open the page's thread would have the VAE decode
+        shared.state.current_latent = None
+        with ExitStack() as back:
+            back.enter_context(_plain_attention())
+            kind = devices.device.type
+            if kind == "mps" or (kind == "cuda" and devices.cuda_no_autocast()):
+                # casts there are patches of classes, which a block that is computed again in the backward needs too
+                back.enter_context(devices.autocast())
+            if getattr(model, "lowvram", False):  # of its parts one at a time is on the device anyway
+                back.enter_context(_unhooked(self.unet()))
+                yield
+                return
+            parts = [model.first_stage_model]
+            if not text:
+                parts.append(model.conditioner if model.is_sdxl else model.cond_stage_model)
+            for part in parts:
+                back.callback(part.to, next(part.parameters()).device)
+                part.to(devices.cpu)
             yield
 
     # --- prompts, pictures, predictions ----------------------------------------------------------------
@@ -521,29 +545,62 @@ def _frozen(model) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(unet: torch.nn.Module) -> Iterator[None]:
-    """Recomputes each block in the backward. The re-entrant kind, sgm's own, gives no gradient to frozen blocks."""
-    blocks = [module for module in unet.modules() if type(module).__name__ in _CHECKPOINTED]
-
-    def wrapped(forward):
-        def run(*args, **kwargs):
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-        return run
-
-    before = [(block, block.__dict__.get("_forward")) for block in blocks]
+def _unhooked(unet: torch.nn.Module) -> Iterator[None]:
+    """Without --lowvram's hooks, which swap the data of the weights that a backward will need."""
+    found = [(module, dict(module._forward_pre_hooks)) for module in unet.modules()]
     try:
-        for block in blocks:
-            block._forward = wrapped(block._forward)
+        for module, hooks in found:
+            for number, hook in hooks.items():
+                if getattr(hook, "__module__", "") == "modules.lowvram":
+                    del module._forward_pre_hooks[number]
         yield
     finally:
-        for block, forward in before:
-            if forward is None:
-                block.__dict__.pop("_forward", None)
-            else:
-                block._forward = forward
+        for module, hooks in found:
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks.update(hooks)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """PyTorch's own attention, whatever the settings say.
+
+    The WebUI's others cut their work by the memory that is free at the moment, so that a block that is computed again would
+    not be computed in the same way; and some keep all scores for the backward.
+    """
+    import ldm.modules.attention
+    import sgm.modules.attention
+    from modules.sd_hijack_optimizations import scaled_dot_product_attention_forward
+
+    kinds = (ldm.modules.attention.CrossAttention, sgm.modules.attention.CrossAttention)
+    found = [kind.forward for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.forward = scaled_dot_product_attention_forward
+        yield
+    finally:
+        for kind, forward in zip(kinds, found):
+            kind.forward = forward
+
+
+@contextmanager
+def _full_precision(model) -> Iterator[None]:
+    """As if the WebUI had been started with --no-half."""
+    wanted = dict.fromkeys(("dtype", "dtype_vae", "dtype_unet", "dtype_inference"), torch.float32)
+    wanted |= {"unet_needs_upcast": False, "force_fp16": False}
+    found = {name: getattr(devices, name) for name in wanted}
+    # live previews' models, kept in the precision in which they were first used
+    caches = (sd_vae_approx.sd_vae_approx_models, sd_vae_taesd.sd_vae_taesd_models)
+    kept = [dict(cache) for cache in caches]
+    with ExitStack() as back:
+        for name, value in wanted.items():
+            back.callback(setattr, devices, name, found[name])
+            setattr(devices, name, value)
+        for cache, before in zip(caches, kept):
+            back.callback(cache.update, before)
+            back.callback(cache.clear)
+            cache.clear()
+        back.enter_context(precision.full_precision([model]))
+        yield
 
 
 @contextmanager

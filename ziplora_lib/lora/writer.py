@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.keys import spelled
-from ziplora_lib.lora.reader import tensor_sha256
+from ziplora_lib.lora.reader import finite, tensor_sha256
 from ziplora_lib.lora.stack import Stack
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,6 +35,7 @@ RESERVED = {
     "addams",
 }
 _MARK = ".ziplora-part"
+BLOCK = 2**20
 
 
 def check_name(name: str) -> str:
@@ -197,7 +198,7 @@ def _shares(ratio: float) -> tuple[float, float]:
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     cast = value.detach().cpu().to(dtype).contiguous()
-    if not torch.isfinite(cast).all():
+    if not finite(cast):
         short = next((short for short, known in DTYPES.items() if known == dtype), dtype)
         raise BadInput(f"values of the merged LoRA do not fit {short}", key=name, remedy="Save it as bf16 or fp32")
     return cast
@@ -240,8 +241,9 @@ def _header(fields: Mapping) -> bytes:
 
 def _write_synced(part: Path, *pieces: bytes | memoryview) -> None:
     with open(part, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
+        for piece in map(memoryview, pieces):
+            for begin in range(0, len(piece), BLOCK):  # one call with hundreds of megabytes can take six times as long
+                file.write(piece[begin : begin + BLOCK])
         file.flush()
         os.fsync(file.fileno())
 
@@ -249,9 +251,16 @@ def _write_synced(part: Path, *pieces: bytes | memoryview) -> None:
 def _compare(part: Path, tensors: Mapping[str, Tensor], body_hash: str) -> None:
     """Reads the file back and compares it with what was meant, to the bit. Raises OSError if it differs."""
     back = load_file(str(part))
-    same = back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    same = back.keys() == tensors.keys() and all(_same(back[name], tensor) for name, tensor in tensors.items())
     if not same or tensor_sha256(part) != body_hash:
         raise OSError(f"{part}: what was read back is not what was written; the disk may be failing")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """To the bit; as integers, which compare much faster than halves."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _rename(part: Path, path: Path, overwrite: bool) -> None:
@@ -284,15 +293,18 @@ def _largest_error(
     base: str,
     extra: Mapping[str, Tensor],
 ) -> float:
-    pairs = [(tensors[name], value) for name, value in extra.items()]
-    for key, stack in stacks.items():
-        layer, (up, down) = spelled(key, base, names), FACTORS[names]
-        alpha = tensors.get(f"{layer}.alpha")
-        for_up, for_down = (1.0, 1.0) if alpha is None else _shares(stack.up.shape[1] / float(alpha))
-        pairs.append((tensors[f"{layer}.{up}.weight"], stack.up * for_up))
-        pairs.append((tensors[f"{layer}.{down}.weight"], stack.down * for_down))
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for name, value in extra.items():
+            yield tensors[name], value
+        for key, stack in stacks.items():
+            layer, (up, down) = spelled(key, base, names), FACTORS[names]
+            alpha = tensors.get(f"{layer}.alpha")
+            for_up, for_down = (1.0, 1.0) if alpha is None else _shares(stack.up.shape[1] / float(alpha))
+            yield tensors[f"{layer}.{up}.weight"], stack.up * for_up
+            yield tensors[f"{layer}.{down}.weight"], stack.down * for_down
+
     worst = 0.0
-    for saved, wanted in pairs:
+    for saved, wanted in pairs():
         error = (saved.float().reshape(wanted.shape) - wanted.float()).abs().max()
         worst = max(worst, float(error / wanted.float().abs().max().clamp_min(1e-30)))
     return worst

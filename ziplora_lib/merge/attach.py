@@ -188,18 +188,23 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
-def _on(stack: Stack, output: Tensor) -> Stack:
+def _following(stack: Stack) -> Callable[[Tensor], Stack]:
     """The factors where a layer computes, in what it computes in: its output says so, its input does not under autocast."""
-    return replace(stack, up=stack.up.to(output), down=stack.down.to(output))
+    there = [stack]
+
+    def at(output: Tensor) -> Stack:
+        if (there[0].up.device, there[0].up.dtype) != (output.device, output.dtype):
+            there[0] = replace(stack, up=stack.up.to(output), down=stack.down.to(output))
+        return there[0]
+
+    return at
 
 
 def _hook(router: Router, key: str, stack: Stack, slot: Slot):
-    cached = [stack]
+    factors = _following(stack)
 
     def add_delta(_module, args, output):
-        if (cached[0].up.device, cached[0].up.dtype) != (output.device, output.dtype):
-            cached[0] = _on(stack, output)
-        added = router.delta(key, cached[0], slot, args[0])
+        added = router.delta(key, factors(output), slot, args[0])
         return None if added is None else output + added.to(output.dtype)
 
     return add_delta
@@ -222,16 +227,14 @@ def _vector_hook(router: Router, vectors: Vectors):
 def _replace_forward(attention: nn.MultiheadAttention, router: Router, layers: Mapping[str, tuple[str, Stack, Slot]]):
     """Self-attention with deltas on its fused projections: nn.MultiheadAttention offers no hook between them."""
 
-    cached: dict[str, Stack] = {}
+    factors = {head: _following(stack) for head, (_, stack, _) in layers.items()}
 
     def project(head: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if head not in layers:
             return y
-        key, stack, slot = layers[head]
-        if head not in cached or (cached[head].up.device, cached[head].up.dtype) != (y.device, y.dtype):
-            cached[head] = _on(stack, y)
-        added = router.delta(key, cached[head], slot, x)
+        key, _, slot = layers[head]
+        added = router.delta(key, factors[head](y), slot, x)
         return y if added is None else y + added.to(y.dtype)
 
     def forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,

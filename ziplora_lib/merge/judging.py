@@ -49,11 +49,13 @@ def held_out_errors(calibration: Calibration, downs: Mapping[str, Down], parents
     return [s / max(n, 1) for s, n in zip(sums, counts)]
 
 
-def errors_of(error: Callable[[Tensor, Tensor, Tensor], Tensor], prediction: Tensor, group: Sequence[Sample]) -> Tensor:
+def errors_of(
+    error: Callable[[Tensor, Tensor, Tensor | None], Tensor], prediction: Tensor, group: Sequence[Sample]
+) -> Tensor:
     """Each sample's error. prediction: (B, …) -> (B,)"""
     target = torch.cat([s.target for s in group]).to(prediction.device)
-    bare = torch.cat([s.bare for s in group]).to(prediction.device)
-    return error(prediction, target, bare)
+    bare = [s.bare for s in group if s.bare is not None]
+    return error(prediction, target, torch.cat(bare).to(prediction.device) if bare else None)
 
 
 def groups(samples: Sequence[Sample], at_once: int) -> Iterator[Sequence[Sample]]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ziplora_lib.errors import MergeFailed
+from ziplora_lib.errors import MergeFailed, NotFinite
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge.attach import Down
 from ziplora_lib.merge.judging import errors_of, groups, held_out_errors
@@ -88,7 +88,7 @@ def learn(
         if step == 1 and not m.grad.any():
             raise MergeFailed(
                 "No gradient reached the coefficients: something replaces or swaps the model's weights "
-                "during its forward pass. Switch off --lowvram and other model patches."
+                "during its forward pass. Switch off other extensions that change the model."
             )
         data_gradient = float(m.grad.abs().mean())
         penalty = coefficients.penalty(m)
@@ -139,9 +139,9 @@ def _backward(m, downs, calibration, batch, error, parents, settings, scale) -> 
             m.grad /= scale
             return sums, scale
         scale /= 16
-    raise MergeFailed(
-        "The model gives no finite gradient in this precision. Run the WebUI with --no-half, or use the "
-        "model in bf16 or fp32."
+    raise NotFinite(
+        "The model gives no finite gradient, in full precision no more than in its own. Try a picture with it first: the "
+        "checkpoint or the VAE may be damaged; or lower the LoRAs' strengths."
     )
 
 

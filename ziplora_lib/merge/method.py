@@ -23,9 +23,10 @@ class Sample:
     """A calibration sample: a noised latent, the prompt, and what the model predicts for it.
 
     parent: whose sample it is; x: (1, 4, h, w); t: (1,) noise level 0…999; text: the prompt; cond: the prompt as the plain
-    sum of the LoRAs reads it; target: the prediction with that LoRA alone; bare: without any; alone: the prompt as that LoRA
-    alone reads it; empty: the empty prompt as the plain sum reads it, where predictions are compared under guidance: target
-    and bare are then guided too. Tensors other than the read prompts lie on the CPU in fp32.
+    sum of the LoRAs reads it; target: the prediction with that LoRA alone, None where no step looks at it; bare: without
+    any, None where the loss does not ask for it either; alone: the prompt as that LoRA alone reads it; empty: the empty
+    prompt as the plain sum reads it, where predictions are compared under guidance: target and bare are then guided too.
+    Tensors other than the read prompts lie on the CPU in fp32.
     """
 
     parent: int
@@ -33,8 +34,8 @@ class Sample:
     t: Tensor
     text: str
     cond: Any
-    target: Tensor
-    bare: Tensor
+    target: Tensor | None = None
+    bare: Tensor | None = None
     alone: Any = None
     empty: Any = None
 
@@ -58,7 +59,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Settings:
-    """A method's own settings, as the recipe has them."""
+    """A method's own settings, as the recipe has them. at_once: samples in one pass."""
 
     objective: str = "guided"
     steps: int = 50

@@ -24,7 +24,7 @@ def relative_error(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
     return error / torch.maximum(effect, 1e-6 * target.float().flatten(1).square().sum(1)).clamp_min(1e-30)
 
 
-def l2_error(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
+def l2_error(prediction: Tensor, target: Tensor, bare: Tensor | None) -> Tensor:
     """‖D_m − D_i‖₂ of each sample, not squared: Eq. 3 as printed. (B, …) -> (B,), fp32."""
     square = (prediction.float() - target.float()).flatten(1).square().sum(1)
     return square.clamp_min(1e-12).sqrt()
@@ -85,12 +85,17 @@ class Objective:
     warm_start: whether the coefficients are those of what SSR-Merge makes of the LoRAs, rather than of the LoRAs.
     """
 
-    error: Callable[[Tensor, Tensor, Tensor], Tensor]
+    error: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     penalty: Callable[[Tensor, Columns], Tensor]
     lam: float
     start: float
     guidance: float = 1.0
     warm_start: bool = False
+
+    @property
+    def against_bare(self) -> bool:
+        """Whether the error asks what the bare model predicts."""
+        return self.error is not l2_error
 
 
 OBJECTIVES = {

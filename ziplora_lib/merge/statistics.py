@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ziplora_lib.errors import MergeFailed, Stopped
+from ziplora_lib.errors import MergeFailed, NotFinite, Stopped
 from ziplora_lib.merge.attach import Visit
 from ziplora_lib.merge.judging import groups
 from ziplora_lib.merge.method import Calibration, Callback, Settings
@@ -73,9 +73,9 @@ def _moments(
         for key in keys:
             moments = sums.pop(key) / tokens[key].clamp_min(1)[:, None, None].to(calibration.device)
             if not torch.isfinite(moments).all():
-                raise MergeFailed(
-                    "The model gives no finite values in this precision. Run the WebUI with --no-half, or use the model "
-                    "in bf16 or fp32."
+                raise NotFinite(
+                    "The model gives no finite values, in full precision no more than in its own. Try a picture with it "
+                    "first: the checkpoint may be damaged; or lower the LoRAs' strengths."
                 )
             yield key, moments
 

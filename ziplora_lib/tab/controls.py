@@ -25,7 +25,7 @@ ADVANCED = {
         "ridge": "Ridge",
         "batch": "Samples a step",
         "at_once": "Samples at once",
-        "checkpointing": "Save memory",
+        "memory": "Memory",
     },
     "Calibration": {
         "resolution": "Resolution",
@@ -60,7 +60,11 @@ LABELS |= {field: label for group in ADVANCED.values() for field, label in group
 TYPED = {"seed", "lr", "dense_rank"}
 SLIDER_STEP = {"resolution": 64, "preview_size": 64, "balance_points": 2, "empty_share": 0.05, "guidance": 0.5}
 # what an empty box means
-NOT_GIVEN = {**dict.fromkeys(("lam", "start", "loss_guidance"), "the objective's own"), "ridge": "the method's own"}
+NOT_GIVEN = {
+    **dict.fromkeys(("lam", "start", "loss_guidance"), "the objective's own"),
+    "ridge": "the method's own",
+    "at_once": "all of a step",
+}
 
 
 # fields as messages name them, for the command line and the API too

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ziplora_lib import effort
 from ziplora_lib.jobs import Job
 from ziplora_lib.lora.keys import span
-from ziplora_lib.merge import NEEDS_MODEL
+from ziplora_lib.merge import BY_STEPS, NEEDS_MODEL
 from ziplora_lib.recipe import Recipe
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import in_labels
@@ -83,7 +83,10 @@ def _effort(report: Mapping, recipe: Recipe, jobs: Sequence[Job]) -> str:
     else:
         time = f"about {words.duration(seconds)}, by the last merge here"
     factors = 4 * report["bytes"] / {"fp16": 2, "bf16": 2, "fp32": 4}[recipe.dtype]
-    return (
+    said = (
         f"The new file will have {words.size(report['bytes'])}. It takes {time}; memory, beside what the model itself "
         f"needs, {words.size(factors)} for the LoRAs."
     )
+    if recipe.method in BY_STEPS and recipe.memory == "auto" and report["free_memory"] is not None:
+        said += f" Free now: {words.size(report['free_memory'])}; how the steps save memory is chosen when they begin."
+    return said

@@ -19,7 +19,7 @@ from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 from ziplora_lib.verdict import short
 
-bake = later("ziplora_lib.lora.bake")
+bake, memory = later("ziplora_lib.lora.bake"), later("ziplora_lib.memory")
 comparing, merging = later("ziplora_lib.comparison"), later("ziplora_lib.job")
 
 
@@ -180,8 +180,8 @@ class ResultCard:
 def _sheet_shown(job: Job | None) -> list:
     if job is None:
         return [gr.update(value=None, visible=False), ""]
-    if job.result is None:
-        said = words.capital(job.error or job.state)
+    if job.result is None or not job.result.rows:
+        said = words.capital(job.error or (job.state if job.result is None else words.GONE))
         return [
             gr.update(value=None, visible=False),
             words.error(said, "Failed") if job.state == "failed" else words.line(said),
@@ -214,7 +214,8 @@ def _summary(job: Job) -> str:
         f"{saved['largest_error']:.0e} of a layer's largest value."
     )
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.seconds.items() if seconds >= 0.5)
-    foot = words.line(f"{check} Time taken: {words.duration(job.seconds)} ({spent}).", small=True)
+    how = f" The steps ran {memory.Plan(**result.memory)}." if result.memory else ""
+    foot = words.line(f"{check} Time taken: {words.duration(job.seconds)} ({spent}).{how}", small=True)
     return head + _learned(result.learned, parents) + words.warnings(map(in_labels, result.warnings)) + foot
 
 

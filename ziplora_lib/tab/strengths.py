@@ -238,9 +238,11 @@ class Strengths:
 
     def show(self, job: Job | None) -> list:
         """Updates for `outputs`: what was drawn, or why nothing was; None: nothing yet."""
-        if job is None or job.result is None:
+        if job is None or job.result is None or not job.result.rows:
             text = ""
-            if job is not None and job.state == "failed":
+            if job is not None and job.result is not None:
+                text = words.line(words.GONE)
+            elif job is not None and job.state == "failed":
                 text = words.error(job.error or "", "Cannot draw")
             elif job is not None:
                 text = words.line("Stopped before the first picture.")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+# of a drawing whose memory was given to newer ones
+GONE = "These pictures are gone: newer ones took their place. Draw them again."
+
 
 def error(text: str, what: str = "Cannot zip") -> str:
     """In red."""

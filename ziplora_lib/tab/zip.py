@@ -145,7 +145,6 @@ class Zip:
 
     def _job(self, *values) -> Job:
         recipe = self.recipe(values)
-        merging.preflight(
-            recipe, self.place.host, values=False
-        )  # what headers tell is refused now, the rest by the job
+        # what headers tell is refused now, the rest by the job
+        merging.preflight(recipe, self.place.host, values=False)
         return Job.merge(recipe)
