@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.machine import machine
 from benchmarks.scale import FULL, unet
 from benchmarks.speed import Peak, rounded
+from ziplora_lib import atomic
 from ziplora_lib.lora import reader, writer
 from ziplora_lib.lora.keys import layer_key
 from ziplora_lib.lora.stack import Stack
@@ -88,7 +89,7 @@ def in_phases(work: Callable[[], object]) -> dict[str, Tensor]:
         for where, function, name in (
             (writer, "lora_tensors", "cast"),
             (writer, "save", "serialise"),
-            (writer, "_write_synced", "write"),
+            (atomic, "write_synced", "write"),
             (os, "fsync", "sync"),
             (writer, "load_file", "read back"),
             (writer, "_compare", "compare"),

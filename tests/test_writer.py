@@ -266,13 +266,13 @@ def test_a_name_taken_during_the_merge_is_not_overwritten(tmp_path, path, monkey
 
 
 def test_a_disk_that_gives_back_something_else_is_noticed(tmp_path, path, monkeypatch):
-    original = writer._write_synced
+    original = writer.atomic.write_synced
 
     def rotten(part, *pieces):
         data = b"".join(map(bytes, pieces))
         original(part, data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
 
-    monkeypatch.setattr(writer, "_write_synced", rotten)
+    monkeypatch.setattr(writer.atomic, "write_synced", rotten)
     with pytest.raises(OSError, match="read back"):
         write(path)
     assert os.listdir(tmp_path) == []

@@ -157,6 +157,7 @@ def preflight(recipe: Recipe, host: Host, values: bool = True) -> Preflight:
     details["model"] = asdict(model) if model else None
     details["free_memory"] = memory.free_memory(torch.device(model.device)) if model else None
     details["bytes"] = details.pop("values") * torch.empty(0, dtype=writer.DTYPES[recipe.dtype]).element_size()
+    writer.check_room(destination.parent, details["bytes"])
     return Preflight(loras, slots, destination, details)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ziplora_lib.atomic import remove_leftovers
 from ziplora_lib.batch import Batch, Outcome
 from ziplora_lib.errors import BadInput
-from ziplora_lib.lora.writer import remove_parts
 from ziplora_lib.many import FINISHED, Planned, as_found, merged
 from ziplora_lib.merge.method import Callback
 
@@ -36,7 +36,7 @@ class Worker:
 
     def merge(self, one: Planned) -> Outcome:
         """Merges a pair. One that a worker finished before it died is only looked at, one that it had begun is done again."""
-        remove_parts(one.file)
+        remove_leftovers(one.file.parent, one.file.stem)
         if one.file.exists() and not one.recipe.overwrite:
             left = as_found(replace(one, taken=True))
             if left.said == FINISHED and all(one.file.with_suffix(end).exists() for end in (".json", ".png")):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ziplora_lib import atomic
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora.keys import spelled
 from ziplora_lib.lora.reader import finite, tensor_sha256
@@ -34,8 +37,8 @@ RESERVED = {
     "none",
     "addams",
 }
-_MARK = ".ziplora-part"
-BLOCK = 2**20
+# what stands beside a LoRA, by its name
+BESIDE = (".json", ".png", ".balance.png")
 
 
 def check_name(name: str) -> str:
@@ -60,23 +63,45 @@ def check_name(name: str) -> str:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuses (BadInput) a destination whose folder is missing or read-only, or whose name is taken."""
+    """Refuses (BadInput) a destination whose folder is missing or read-only, or whose name is too long or taken.
+
+    What a killed run has left there goes.
+    """
     folder = path.parent
     if not folder.is_dir():
         raise BadInput(f"the folder {folder} does not exist", remedy="Create it, or choose another")
-    probe = folder / f".{os.getpid()}.probe{_MARK}"
-    try:  # os.access is not enough: it knows neither special file systems nor quotas
+    probe = atomic.part_of(path, max(BESIDE, key=len))
+    try:  # os.access is not enough: it knows neither special file systems nor quotas, nor how long a path may be
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"the path {path} is too long for this disk", remedy="Choose a shorter name") from error
         raise BadInput(
             f"the folder {folder} cannot be written to ({error.strerror})",
             remedy="Change its permissions, or choose another",
         ) from error
-    wanted = {(path.stem + ending).lower() for ending in (".safetensors", ".json", ".png", ".balance.png")}
-    taken = sorted(f.name for f in folder.iterdir() if f.name.lower() in wanted)
+    atomic.remove_leftovers(folder)
+    wanted = {_plain(path.stem + ending) for ending in (".safetensors", *BESIDE)}
+    taken = sorted(f.name for f in folder.iterdir() if _plain(f.name) in wanted)
     if taken and not overwrite:
         raise BadInput(f"{', '.join(taken)} is already there", remedy="Choose another output name, or ask to overwrite")
+    if path.is_dir():
+        raise BadInput(f"{path.name} is a folder", remedy="Choose another output name")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuses (BadInput) a disk that has not as many bytes free."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise BadInput(
+            f"the file takes {needed / 1e6:.0f} MB, and on the disk of {folder} only {free / 1e6:.0f} MB are free",
+            remedy="Make room there, or choose another folder",
+        )
+
+
+def _plain(name: str) -> str:
+    """A file's name as disks compare it that do not know capitals, nor how an accent was typed."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def write(
@@ -105,15 +130,16 @@ def write(
         raise BadInput("stands twice in what is to be saved", key=taken[0], remedy="Report this as an error of ZipLoRA")
     tensors |= {name: _cast(name, value, DTYPES[dtype]) for name, value in extra.items()}
     header, body = _parts(save(tensors))
+    check_room(path.parent, len(body))
     body_hash = hashlib.sha256(body).hexdigest()
     metadata = {name: value for name, value in metadata.items() if name != _ADAPTER_SETTINGS}
     metadata |= {"sshs_model_hash": body_hash, "modelspec.hash_sha256": f"0x{body_hash}"}
     if names == "diffusers" and (settings := _adapter_settings(stacks, base)):
         metadata[_ADAPTER_SETTINGS] = json.dumps(settings, sort_keys=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}")
+    part = atomic.part_of(path)
     try:
         header = _header({"__metadata__": {name: _text(value) for name, value in metadata.items()}, **header})
-        _write_synced(part, header, body)
+        atomic.write_synced(part, header, body)
         _compare(part, tensors, body_hash)
         _rename(part, path, overwrite)
         for ending in (".png", ".balance.png"):  # pictures of what was overwritten
@@ -128,20 +154,9 @@ def write(
     }
 
 
-def remove_parts(path: Path) -> None:
-    """What a run that was killed has left of this file, where nobody else writes it any more."""
-    for part in path.parent.glob(f".{glob.escape(path.stem)}*{_MARK}"):
-        part.unlink(missing_ok=True)
-
-
 def write_beside(path: Path, ending: str, data: bytes) -> None:
     """Writes NAME.json or NAME.png beside a LoRA, whole or not at all."""
-    part = path.with_name(f".{path.stem}{ending}.{os.getpid()}{_MARK}")
-    try:
-        _write_synced(part, data)
-        os.replace(part, path.with_suffix(ending))
-    finally:
-        part.unlink(missing_ok=True)
+    atomic.replace(path.with_suffix(ending), data)
 
 
 def card(activation_text: str, notes: str, weight: float = 1.0, base: str = "sdxl") -> bytes:
@@ -239,15 +254,6 @@ def _header(fields: Mapping) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_synced(part: Path, *pieces: bytes | memoryview) -> None:
-    with open(part, "wb") as file:
-        for piece in map(memoryview, pieces):
-            for begin in range(0, len(piece), BLOCK):  # one call with hundreds of megabytes can take six times as long
-                file.write(piece[begin : begin + BLOCK])
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _compare(part: Path, tensors: Mapping[str, Tensor], body_hash: str) -> None:
     """Reads the file back and compares it with what was meant, to the bit. Raises OSError if it differs."""
     back = load_file(str(part))
@@ -276,14 +282,7 @@ def _rename(part: Path, path: Path, overwrite: bool) -> None:
         except OSError:  # a file system without hard links
             check_free(path, overwrite)
             os.replace(part, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        except OSError:
-            pass  # some network drives cannot; the file is whole and in its place
-        finally:
-            os.close(folder)
+    atomic.sync_folder(path.parent)
 
 
 def _largest_error(
