@@ -1,6 +1,7 @@
 """A whole job on the miniature: it learns, keeps the best when stopped, and tells what it did."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def test_the_learned_error_is_lower_than_at_the_start_and_than_the_plain_sums(ho
 def test_memory_savers_change_no_coefficient(host, recipe_of):
     """Checkpointing recomputes and small batches sum in another order: equal up to fp32's rounding.
 
-    Layer by layer, since Adam moves a column whose gradient is nothing but rounding as far as any other.
+    Of the whole, and more loosely of each layer: Adam moves a column whose gradient is nothing but rounding as far as any
+    other, and how many of these a layer has depends on the processor.
     """
     base = {"steps": 3, "batch": 2, "dtype": "fp32"}
     run(recipe_of(**base), host)
@@ -45,8 +47,11 @@ def test_memory_savers_change_no_coefficient(host, recipe_of):
         run(recipe_of(**base, overwrite=True, **fields), host)
         given = read(host.destination("merged")).deltas
         assert given.keys() == wanted.keys()
-        for key, delta in given.items():
-            assert float((delta.dense() - wanted[key].dense()).norm()) <= 3e-3 * wanted[key].norm(), (fields, key)
+        apart = {key: float((delta.dense() - wanted[key].dense()).norm()) for key, delta in given.items()}
+        norms = {key: wanted[key].norm() for key in given}
+        assert math.hypot(*apart.values()) <= 1e-3 * math.hypot(*norms.values()), fields
+        for key in given:
+            assert apart[key] <= 2e-2 * norms[key], (fields, key)
 
 
 def test_checkpointing_really_is_on_while_merging_and_only_then(host, recipe_of):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ziplora_lib import calibration, history, memory, verdict
+from ziplora_lib import calibration, history, memory, snapshot, verdict
 from ziplora_lib.errors import BadInput, MergeFailed, NotFinite, Stopped, out_of_memory
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
@@ -28,7 +28,7 @@ from ziplora_lib.lora.stack import Stack
 from ziplora_lib.lora.vectors import Vectors
 from ziplora_lib.merge import BY_STEPS, NEEDS_MODEL, balance
 from ziplora_lib.merge.attach import Router, Slot, attach
-from ziplora_lib.merge.method import Callback, Merged, Settings
+from ziplora_lib.merge.method import Callback, Keeper, Merged, Settings
 from ziplora_lib.merge.methods import METHODS
 from ziplora_lib.merge.pairing import Pairing, equalising, norm_warnings, outlines, pair, refuse_unfit, report
 from ziplora_lib.opening import opened
@@ -214,6 +214,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         try:
             return _run(attempt, host, callback)
         except Exception as error:
+            if attempt.keeper and isinstance(error, MergeFailed | BadInput):  # it would end so again
+                attempt.keeper.forget()
             attempt = _again(attempt, error, host)
         # only here is the error gone, and with it what its frames still held
         memory.give_back()
@@ -222,12 +224,13 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
 
 @dataclass
 class Attempt:
-    """One try at a merge. said: why it is not the first; plan: how its steps run, once that is known."""
+    """One try at a merge. said: why it is not the first; plan: how its steps run, and what keeps them, once that is known."""
 
     recipe: Recipe
     full_precision: bool = False
     said: tuple[str, ...] = ()
     plan: memory.Plan | None = None
+    keeper: snapshot.Keeper | None = None
 
 
 def _again(attempt: Attempt, error: Exception, host: Host) -> Attempt:
@@ -269,7 +272,7 @@ def _run(attempt: Attempt, host: Host, callback: Callback) -> Result:
         warnings += said
         phase_done("open")
         with attach(ready.slots, pairing.stacks, pairing.vectors) as router:
-            merged = _merge(attempt, host, router, pairing, callback, phase_done)
+            merged = _merge(attempt, ready, host, router, pairing, callback, phase_done)
         warnings += merged.warnings
         if merged.stopped:
             warnings.append(
@@ -285,6 +288,8 @@ def _run(attempt: Attempt, host: Host, callback: Callback) -> Result:
         if attempt.plan and recipe.method in BY_STEPS:
             kept["at_once"] = attempt.plan.at_once  # rounding depends on it
         saved = _save(recipe, ready, merged, stacks, pairing.vectors, kept, warnings)
+        if attempt.keeper:
+            attempt.keeper.forget()
         saved["rank_loss"] = asdict(loss) if loss is not None else None
         tag = host.publish(ready.destination)
         phase_done("save")
@@ -314,7 +319,15 @@ def _run(attempt: Attempt, host: Host, callback: Callback) -> Result:
     )
 
 
-def _merge(attempt: Attempt, host: Host, router: Router, pairing: Pairing, callback: Callback, phase_done) -> Merged:
+def _merge(
+    attempt: Attempt,
+    ready: Preflight,
+    host: Host,
+    router: Router,
+    pairing: Pairing,
+    callback: Callback,
+    phase_done: Callable[[str], None],
+) -> Merged:
     recipe = attempt.recipe
     if recipe.method not in NEEDS_MODEL:
         return METHODS[recipe.method](pairing, None, settings_of(recipe), callback)
@@ -328,16 +341,22 @@ def _merge(attempt: Attempt, host: Host, router: Router, pairing: Pairing, callb
         attempt.plan = plan = memory.choose(recipe, host, pairing, samples)
         if recipe.method in BY_STEPS:
             callback({"phase": "warm start", "step": 0, "steps": 1, "what": f"memory: {plan}"})
+            model = ready.report["model"]
+            identity = [*(lora.hash for lora in ready.loras), model["name"], model["base"], model["prediction"]]
+            attempt.keeper = snapshot.Keeper(host.scratch(), recipe, identity)
+        settings = settings_of(recipe, plan.at_once, attempt.keeper)
         with memory.followed(plan, host.unet(), samples.device):
-            merged = METHODS[recipe.method](pairing, samples, settings_of(recipe, plan.at_once), callback)
+            merged = METHODS[recipe.method](pairing, samples, settings, callback)
     phase_done("merge")
     return merged
 
 
-def settings_of(recipe: Recipe, at_once: int | None = None) -> Settings:
+def settings_of(recipe: Recipe, at_once: int | None = None, keeper: Keeper | None = None) -> Settings:
     """What of the recipe is the method's. at_once: samples in one pass, as the recipe has it if not given."""
-    fields = {name: getattr(recipe, name) for name in Settings.__dataclass_fields__}
-    return Settings(**{**fields, "at_once": at_once or recipe.together})
+    names = Settings.__dataclass_fields__.keys() - {"at_once", "keeper"}
+    return Settings(
+        **{name: getattr(recipe, name) for name in names}, at_once=at_once or recipe.together, keeper=keeper
+    )
 
 
 def _save(

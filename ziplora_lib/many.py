@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ziplora_lib import snapshot
 from ziplora_lib.batch import Batch, Outcome
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host, share
@@ -224,6 +225,13 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
         if one.taken and callback(looking):
             return Batch([*outcomes, *(as_found(replace(left, taken=False)) for left in planned[i:])])
         outcomes.append(as_found(one))
+    with snapshot.listed(host.scratch(), [one.recipe for one in planned if one.recipe]):
+        _zip_all(planned, outcomes, host, callback)
+    return Batch(outcomes)
+
+
+def _zip_all(planned: Sequence[Planned], outcomes: list[Outcome], host: Host, callback: Callback) -> None:
+    """Puts what becomes of those that are to do into the outcomes."""
     to_do = [i for i, one in enumerate(planned) if one.to_do]
     steps, before = sum(planned[i].recipe.steps for i in to_do), 0
     asked_to_stop = False
@@ -250,7 +258,27 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
         before += one.recipe.steps
         if asked_to_stop or outcomes[i].state == "stopped":
             break
-    return Batch(outcomes)
+
+
+def left(recipes: Sequence[Recipe], host: Host) -> list[Planned]:
+    """The plan of a list that was broken off: what it had finished is taken as it is, whatever it was told to overwrite."""
+    return [_left(recipe, host) for recipe in recipes]
+
+
+def _left(recipe: Recipe, host: Host) -> Planned:
+    subject, style = (Chosen(parent.lora, parent.prompt, parent.strength) for parent in recipe.parents)
+    planned = Planned(Pair(subject, style, recipe.output), recipe.output, recipe, sources=("given", "given"))
+    try:
+        planned = replace(planned, file=host.destination(check_name(recipe.output)))
+        if not planned.file.exists():
+            return planned
+        return replace(planned, taken=not recipe.overwrite or found(planned) == FINISHED)
+    except (BadInput, OSError) as error:
+        return (
+            planned
+            if recipe.overwrite
+            else planned.refused(error if isinstance(error, BadInput) else BadInput(str(error)))
+        )
 
 
 def as_found(one: Planned) -> Outcome:

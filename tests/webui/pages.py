@@ -48,7 +48,7 @@ class Tab:
         """Waits for the events that are on their way."""
         self.page.wait_for_timeout(300)
         busy = "#ziplora_tab .pending, #ziplora_tab .generating:not(#ziplora_live *):not(#ziplora_live)"
-        self.page.wait_for_function(f"!document.querySelector('{busy}')")
+        self.page.wait_for_function(f"!document.querySelector('{busy}')", timeout=120_000)
         self.page.wait_for_timeout(700)
 
     def write(self, field: str, value: str) -> None:

@@ -56,6 +56,7 @@ class DiffusersHost:
     def __init__(self, model: str = "miniature", folder: Path = Path("."), device: str = "auto"):
         """model: one of MINIATURES, a pipeline's folder, a single .safetensors checkpoint, or a hub id. Raises BadInput."""
         self.folder = Path(folder)
+        self.paths = True  # whether a LoRA may be named by its path: not by who comes over the network
         self.name = model
         self.device = usable_device(device)
         self.pipe = load(model, torch.float32 if self.device.type == "cpu" else torch.float16).to(self.device)
@@ -89,16 +90,22 @@ class DiffusersHost:
         return peek(self._path(name))
 
     def _path(self, name: str) -> Path:
-        """The file of a path, or of a name in the folder."""
-        if name.endswith(".safetensors") or Path(name).is_file():
+        """The file of a name in the folder, or of a path where `paths` are taken."""
+        if self.paths and (name.endswith(".safetensors") or Path(name).is_file()):
             return Path(name)
-        return next((entry.path for entry in self.listing() if entry.name == name), Path(name))
+        found = next((entry.path for entry in self.listing() if entry.name == name), None)
+        if found is None and not self.paths:
+            raise BadInput(f"there is no LoRA named {name!r}", remedy="Pick one of the list, or refresh it")
+        return found or Path(name)
 
     def unapplied(self, lora: Lora) -> list[str]:
         return [key for key, layer in lora.dense.items() if "oft_diag" in layer.parts]  # LyCORIS' old form
 
     def destination(self, output: str) -> Path:
         return self.folder / f"{output}.safetensors"
+
+    def scratch(self) -> Path | None:
+        return self.folder / ".ziplora"
 
     def missing(self) -> str:
         return ""

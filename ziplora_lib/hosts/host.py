@@ -116,6 +116,9 @@ class Host(Protocol):
     def destination(self, output: str) -> Path:
         """Where a LoRA of this name is saved. Raises BadInput for a name that cannot be one."""
 
+    def scratch(self) -> Path | None:
+        """A folder for what a run leaves while it works, outside the list of LoRAs; None to leave nothing."""
+
     def missing(self) -> str:
         """What keeps a merge from ever working here, and what to do; "" for nothing."""
 

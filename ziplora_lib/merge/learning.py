@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from ziplora_lib.errors import MergeFailed, NotFinite
 from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge.attach import Down
 from ziplora_lib.merge.judging import errors_of, groups, held_out_errors
-from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings
+from ziplora_lib.merge.method import Calibration, Callback, Merged, Sample, Settings, State
 from ziplora_lib.merge.objective import OBJECTIVES
 from ziplora_lib.merge.pairing import Pairing
 
@@ -69,9 +69,6 @@ def learn(
     if not any(stack.up.any() and stack.down.any() for stack in map(pairing.stacks.get, pairing.learned)):
         raise MergeFailed("The LoRAs are zero on the layers they share: there is nothing to learn.")
     error, parents = OBJECTIVES[settings.objective].error, pairing.parents
-    m = torch.full(coefficients.shape, settings.start, device=calibration.device, requires_grad=True)
-    # no weight decay: it would pull the coefficients to zero
-    optimiser = torch.optim.Adam([m], lr=settings.lr)
 
     def downs(values: Tensor) -> dict[str, Down]:
         layers = coefficients.by_layer(values).items()
@@ -80,11 +77,10 @@ def learn(
     def held_out(values: Tensor) -> list[float]:
         return held_out_errors(calibration, downs(values.detach()), parents, settings.at_once)
 
-    best_errors, best, best_step = held_out(m), m.detach().clone(), 0
-    history: list[dict] = []
-    scale, stopped, every = LOSS_SCALE, False, max(1, settings.steps // 5)
-    for step, batch in enumerate(_batches(calibration.train, parents, settings), start=1):
-        errors, scale = _backward(m, downs, calibration, batch, error, parents, settings, scale)
+    run = _begun(coefficients.shape, calibration.device, settings, held_out)
+    m, first, stopped, every = run.m, run.step + 1, False, max(1, settings.steps // 5)
+    for step, batch in enumerate(_batches(calibration.train, parents, settings, first), start=first):
+        errors, run.scale = _backward(m, downs, calibration, batch, error, parents, settings, run.scale)
         if step == 1 and not m.grad.any():
             raise MergeFailed(
                 "No gradient reached the coefficients: something replaces or swaps the model's weights "
@@ -93,7 +89,7 @@ def learn(
         data_gradient = float(m.grad.abs().mean())
         penalty = coefficients.penalty(m)
         (settings.lam * penalty).backward()
-        optimiser.step()
+        run.optimiser.step()
         entry = {
             "phase": "merge",
             "step": step,
@@ -108,16 +104,73 @@ def learn(
         last = step == settings.steps
         if step % every == 0 or last:
             entry["held_out"] = held_out(m)
-            if sum(entry["held_out"]) <= sum(best_errors):
-                best_errors, best, best_step = entry["held_out"], m.detach().clone(), step
-        history.append(entry)
+            run.judge(step, entry["held_out"])
+        run.history.append(entry)
+        if settings.keeper:
+            settings.keeper.keep(run.state)
         if callback(entry) and not last:
             stopped = True
-            final = held_out(m)
-            if sum(final) <= sum(best_errors):
-                best_errors, best, best_step = final, m.detach().clone(), step
+            run.judge(step, held_out(m))
             break
-    return _finished(name, coefficients, pairing, best, best_step, best_errors, summed, history, stopped)
+    return _finished(name, coefficients, pairing, run, summed, stopped)
+
+
+@dataclass
+class _Run:
+    """The steps so far. m: the coefficients as they are; best: the best ones seen on the held-out samples.
+
+    gone_on_from: the step to which an earlier run had come.
+    """
+
+    m: Tensor
+    optimiser: torch.optim.Adam
+    best: Tensor
+    best_errors: list[float]
+    best_step: int = 0
+    scale: float = LOSS_SCALE
+    history: list[dict] = field(default_factory=list)
+    gone_on_from: int = 0
+
+    @property
+    def step(self) -> int:
+        return len(self.history)
+
+    def judge(self, step: int, errors: list[float]) -> None:
+        if sum(errors) <= sum(self.best_errors):
+            self.best_errors, self.best, self.best_step = errors, self.m.detach().clone(), step
+
+    def state(self) -> State:
+        moments = {name: self.optimiser.state[self.m][name] for name in _MOMENTS}
+        tensors = {"m": self.m.detach(), "best": self.best, **moments}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return State(self.step, {name: value.cpu().contiguous() for name, value in tensors.items()}, facts)
+
+
+# Adam's, and what of a run is no tensor
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FACTS = ("best_errors", "best_step", "scale", "history")
+
+
+def _begun(shape: tuple[int, ...], device: str, settings: Settings, held_out: Callable[[Tensor], list[float]]) -> _Run:
+    """A run at its start, or where an earlier one of the same merge has come to."""
+    m = torch.full(shape, settings.start, device=device, requires_grad=True)
+    # no weight decay: it would pull the coefficients to zero
+    optimiser = torch.optim.Adam([m], lr=settings.lr)
+    kept = settings.keeper.found() if settings.keeper else None
+    if kept is None or not _fits(kept, shape, settings.steps):
+        return _Run(m, optimiser, m.detach().clone(), held_out(m))
+    tensors = {name: value.to(device) for name, value in kept.tensors.items()}
+    with torch.no_grad():
+        m.copy_(tensors["m"])
+    moments = {name: tensors[name] for name in _MOMENTS}
+    optimiser.state[m] = {"step": torch.tensor(float(kept.step)), **moments}
+    return _Run(m, optimiser, tensors["best"], **kept.facts, gone_on_from=kept.step)
+
+
+def _fits(kept: State, shape: tuple[int, ...], steps: int) -> bool:
+    whole = kept.tensors.keys() == {"m", "best", *_MOMENTS} and kept.facts.keys() == set(_FACTS)
+    shapes = all(value.shape == shape and value.isfinite().all() for value in kept.tensors.values())
+    return whole and shapes and 0 < kept.step <= steps and len(kept.facts["history"]) == kept.step
 
 
 def _backward(m, downs, calibration, batch, error, parents, settings, scale) -> tuple[list[float], float]:
@@ -145,15 +198,16 @@ def _backward(m, downs, calibration, batch, error, parents, settings, scale) -> 
     )
 
 
-def _batches(train: Sequence[Sample], parents: int, settings: Settings) -> Iterator[list[Sample]]:
-    """For each step `batch` samples of every parent, in turn through its samples."""
+def _batches(train: Sequence[Sample], parents: int, settings: Settings, begin: int) -> Iterator[list[Sample]]:
+    """For each step from `begin` on `batch` samples of every parent, in turn through its samples."""
     own = [[s for s in train if s.parent == i] for i in range(parents)]
-    for step in range(settings.steps):
+    for step in range(begin - 1, settings.steps):
         first = step * settings.batch
         yield [mine[(first + b) % len(mine)] for mine in own for b in range(settings.batch)]
 
 
-def _finished(name, coefficients, pairing, m, step, errors, summed, history, stopped) -> Merged:
+def _finished(name, coefficients, pairing, run: _Run, summed, stopped) -> Merged:
+    m, step, history = run.best, run.best_step, run.history
     learned: Mapping[str, Tensor] = coefficients.by_layer(m.cpu())
     stacks = dict(pairing.stacks)
     for key, values in learned.items():
@@ -167,10 +221,12 @@ def _finished(name, coefficients, pairing, m, step, errors, summed, history, sto
         "coefficients": sum(len(row) for row in own),
         **{measure: [float(f(row)) if len(row) else 0.0 for row in own] for measure, f in measures.items()},
         "retained": retained,
-        "error": errors,
+        "error": run.best_errors,
         "error_plain_sum": summed,
     }
     warnings = []
+    if run.gone_on_from:
+        warnings.append(f"went on from step {run.gone_on_from}, to which a run that was broken off had come")
     if not torch.isfinite(m).all():
         raise MergeFailed("The coefficients are not finite. Lower the learning rate.")
     remedy = "Lower lam, or use the default objective"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -58,8 +58,27 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class State:
+    """Where a run of gradient steps stands. step: the last one done; facts: as JSON."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict
+
+
+class Keeper(Protocol):
+    """Keeps a run's state, to go on from it after the run was killed."""
+
+    def found(self) -> State | None:
+        """The state of an earlier run of the same merge, if there is one."""
+
+    def keep(self, state: Callable[[], State]) -> None:
+        """Called after every step; asks for the state where it is time to keep it."""
+
+
+@dataclass(frozen=True)
 class Settings:
-    """A method's own settings, as the recipe has them. at_once: samples in one pass."""
+    """A method's own settings, as the recipe has them. at_once: samples in one pass; keeper: None to keep nothing."""
 
     objective: str = "guided"
     steps: int = 50
@@ -70,6 +89,7 @@ class Settings:
     at_once: int = 1
     seed: int = 0
     ridge: float | None = None
+    keeper: Keeper | None = None
 
 
 @dataclass(frozen=True)
