@@ -51,11 +51,24 @@ def test_what_a_running_process_writes_stays_and_goes_when_it_was_killed(half, t
 
 
 def test_the_next_run_removes_them_before_its_work(half, tmp_path):
-    process, part = half
+    process, _ = half
     process.kill()
     process.wait()
     writer.check_free(tmp_path / "another.safetensors", overwrite=False)
     assert os.listdir(tmp_path) == []
+
+
+def test_all_below_a_folder_goes_at_the_start(half, tmp_path, capsys):
+    process, part = half
+    process.kill()
+    process.wait()
+    (tmp_path / "deep/er").mkdir(parents=True)
+    part.rename(tmp_path / "deep/er" / part.name)
+    atomic.remove_leftovers_below(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep", "er"]
+    assert "removed what 1 runs had left" in capsys.readouterr().out
+    atomic.remove_leftovers_below(tmp_path / "nowhere")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_number_that_was_given_again_does_not_keep_it(tmp_path):

@@ -453,7 +453,8 @@ def test_zip_all_on_the_page(section, host, folder):
     job = many.zipping(*values())
     assert (job.kind, job.title) == ("many", "2 pairs")
     job.run(host)
-    table, sheet, files, *pickers = many.batch_shown(job)
+    table, sheet, files, unfinished, _, *pickers = many.batch_shown(job)
+    assert not unfinished["visible"]
     assert job.state == "done"
     assert "<td class='error'>oil.safetensors: " in table
     assert "2 done, 2 refused" in table.replace("2 refused, 2 done", "2 done, 2 refused")

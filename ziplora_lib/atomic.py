@@ -77,6 +77,20 @@ def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
     return gone
 
 
+def remove_leftovers_below(folder: Path) -> None:
+    """The same in a folder and all below it; says what went."""
+    gone = [part for place, _, _ in os.walk(folder) for part in _removed(Path(place))]
+    if gone:
+        print(f"ZipLoRA: removed what {len(gone)} runs had left that were killed while they wrote")
+
+
+def _removed(folder: Path) -> list[Path]:
+    try:
+        return remove_leftovers(folder)
+    except OSError:  # gone meanwhile, or not ours to look into
+        return []
+
+
 def _left(part: Path, machine: str, process: str, since: str) -> bool:
     if machine != _machine():
         return time.time() - part.stat().st_mtime > A_DAY

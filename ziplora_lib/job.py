@@ -199,7 +199,10 @@ def prepare(recipe: Recipe, ready: Preflight, host: Host, callback: Callback) ->
     elif any(lora.dense for lora in ready.loras):
         warnings += norm_warnings(loras, strengths)
     first = sum(balance.first_side([parent.role for parent in recipe.parents]))
-    return pair(loras, strengths, ready.shapes, recipe.text_encoders == "learn", first), strengths, warnings
+    pairing = pair(loras, strengths, ready.shapes, recipe.text_encoders == "learn", first)
+    if pairing.cancels:
+        warnings.append("the LoRAs cancel each other: their plain sum changes nothing")
+    return pairing, strengths, warnings
 
 
 def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Result:
@@ -421,6 +424,8 @@ def _pictures(
             latent = host.sample(
                 recipe.picture_prompt, recipe.seed, recipe.picture_size, recipe.sampler_steps, recipe.guidance
             )
+            if not torch.isfinite(latent).all():
+                raise MergeFailed("with it the model gives no finite values: lower the LoRAs' strengths")
             picture = host.decode(latent)
             picture.info = texts(point)
             pictures.append((point, picture))

@@ -225,6 +225,8 @@ def run_many(planned: Sequence[Planned], host: Host, callback: Callback = lambda
         if one.taken and callback(looking):
             return Batch([*outcomes, *(as_found(replace(left, taken=False)) for left in planned[i:])])
         outcomes.append(as_found(one))
+    if not any(one.to_do for one in planned):  # nor is a host needed
+        return Batch(outcomes)
     with snapshot.listed(host.scratch(), [one.recipe for one in planned if one.recipe]):
         _zip_all(planned, outcomes, host, callback)
     return Batch(outcomes)

@@ -12,7 +12,7 @@ from ziplora_lib.lora.stack import Stack
 from ziplora_lib.merge.attach import Down
 from ziplora_lib.merge.method import Calibration, Merged, Sample, Settings
 from ziplora_lib.merge.objective import relative_error
-from ziplora_lib.merge.pairing import Pairing
+from ziplora_lib.merge.pairing import Pairing, uncancelled
 
 
 def judged(
@@ -65,9 +65,7 @@ def groups(samples: Sequence[Sample], at_once: int) -> Iterator[Sequence[Sample]
 
 
 def retained(pairing: Pairing, stacks: Mapping[str, Stack]) -> float:
-    """‖ΔW_m‖ / ‖ΔW_c + ΔW_s‖ over the learned layers."""
-
-    def norm(of: Mapping[str, Stack]) -> float:
-        return math.sqrt(sum(of[key].total().norm() ** 2 for key in pairing.learned))
-
-    return norm(stacks) / max(norm(pairing.stacks), 1e-30)
+    """‖ΔW_m‖ / ‖ΔW_c + ΔW_s‖ over the learned layers; see `uncancelled`."""
+    kept = sum(stacks[key].total().norm() ** 2 for key in pairing.learned)
+    grams = [pairing.stacks[key].column_grams().sum(-1, keepdim=True) for key in pairing.learned]
+    return math.sqrt(kept / uncancelled(torch.cat(grams, dim=-1))) if grams else 0.0

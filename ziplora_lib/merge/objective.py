@@ -7,11 +7,14 @@ gradient of the data, and walks every coefficient to zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ziplora_lib.merge.pairing import uncancelled
 
 
 def relative_error(prediction: Tensor, target: Tensor, bare: Tensor) -> Tensor:
@@ -73,9 +76,9 @@ def product(m: Tensor, columns: Columns) -> Tensor:
 
 
 def retained_energy(m: Tensor, columns: Columns) -> float:
-    """‖ΔW_m‖ / ‖ΔW_c + ΔW_s‖ over the learned layers. m: (P, M)"""
-    kept = torch.einsum("im,km,ikm->", m, m, columns.grams)
-    return float((kept / columns.grams.sum().clamp_min(1e-30)).clamp_min(0).sqrt())
+    """‖ΔW_m‖ / ‖ΔW_c + ΔW_s‖ over the learned layers; see `uncancelled`. m: (P, M)"""
+    kept = float(torch.einsum("im,km,ikm->", m, m, columns.grams))
+    return math.sqrt(max(0.0, kept) / uncancelled(columns.grams))
 
 
 @dataclass(frozen=True)

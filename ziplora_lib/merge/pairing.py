@@ -38,10 +38,32 @@ class Pairing:
         """How many LoRAs there are."""
         return len(next(iter(self.stacks.values())).ranks)
 
+    @property
+    def cancels(self) -> bool:
+        """Whether the LoRAs' sum is nothing beside each of them."""
+        grams = sum(stack.column_grams().sum(-1, keepdim=True) for stack in self.stacks.values())
+        return float(grams.diagonal().sum()) > 0 and _sum_and_apart(grams)[0] is None
+
     def with_downs(self, downs: Mapping[str, Tensor]) -> Pairing:
         """The same with another `down`, (R, in…), in the layers given."""
         changed = {key: replace(self.stacks[key], down=down) for key, down in downs.items()}
         return replace(self, stacks={**self.stacks, **changed})
+
+
+# share of the LoRAs' own norms below which their sum's is taken for rounding
+CANCELLED = 1e-3
+
+
+def _sum_and_apart(grams: Tensor) -> tuple[float | None, float]:
+    """‖Σ ΔW_i‖², None where that is nothing beside it, and Σ ‖ΔW_i‖². grams: (P, P, M)"""
+    together, apart = float(grams.sum()), float(grams.diagonal().sum())
+    return (together if together > CANCELLED**2 * apart else None), apart
+
+
+def uncancelled(grams: Tensor) -> float:
+    """‖Σ ΔW_i‖², or Σ ‖ΔW_i‖² of LoRAs that cancel each other, which have no sum to go by. grams: (P, P, M)"""
+    together, apart = _sum_and_apart(grams)
+    return max(apart if together is None else together, 1e-30)
 
 
 def pair(
