@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: try tab test lint format clean miniature gate bench bench-tab bench-webui bench-startup bench-quality bench-validation bench-ablations bench-cost bench-scale
+.PHONY: try tab test lint format clean miniature gate bench bench-tab bench-webui bench-startup bench-quality bench-validation bench-ablations bench-cost bench-scale bench-reliability
 
 # what is installed follows pyproject.toml; the stamp is renewed when that changes
 $(VENV)/.headless: pyproject.toml
@@ -92,6 +92,15 @@ bench-ablations: $(VENV)/.headless
 
 bench-scale: $(VENV)/.headless
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.scale --full
+
+# an hour or two; needs a WebUI
+bench-reliability: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 100000 --jobs 2 --json benchmarks/results/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.failures --json benchmarks/results/failures.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --json benchmarks/results/kills.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/webui/soak.py state
+	OMP_NUM_THREADS=1 $(BIN)/python tests/webui/soak.py mixed
+	$(BIN)/python -m benchmarks.reliability
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,13 +64,16 @@ def with_a_slow_disk() -> None:
 
 
 class Killing:
-    """A host, and a recipe that overwrites; `kill` ends one merge somewhere and says what was left."""
+    """A host, and recipes that overwrite, one without the model and one with it.
 
-    def __init__(self, host, recipe: Recipe, seed: int = 0):
+    `kill` ends a merge somewhere and looks at what is left.
+    """
+
+    def __init__(self, host, recipes: Sequence[Recipe], seed: int = 0):
         self.host, self.chance = host, random.Random(seed)
         # for those while it saves nothing needs to be learned before
-        self.recipes = {"anywhere": recipe, "while saving": recipe.copy(update={"method": "direct"})}
-        self.destination = host.destination(recipe.output)
+        self.recipes = dict(zip(("while saving", "anywhere"), recipes))
+        self.destination = host.destination(recipes[0].output)
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.whole = {OLDER}
@@ -161,7 +165,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from failures import random_pair, small_recipe
+    from failures import random_pair, small_recipes
 
     from benchmarks.machine import machine
     from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -169,8 +173,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "out").mkdir()
-        recipe = small_recipe(*random_pair(Path(folder)))
-        killing = Killing(DiffusersHost("miniature", Path(folder) / "out", "cpu"), recipe, args.seed)
+        recipes = small_recipes(*random_pair(Path(folder)))
+        killing = Killing(DiffusersHost("miniature", Path(folder) / "out", "cpu"), recipes, args.seed)
         for number in range(args.count):
             killing.kill()
             if number % 20 == 0:

@@ -1,5 +1,6 @@
 """The benchmark: its pairs, its judge, its way to choose, and that what is written of it is what it found."""
 
+import importlib
 import json
 from collections import Counter
 
@@ -166,8 +167,8 @@ def test_a_lora_alone_has_no_error_of_its_own(pair_on_model):
             assert errors[1 - parent] > 0.1
 
 
-def test_the_readmes_costs_are_those_that_were_measured():
-    from benchmarks import costs
-
-    text = costs.README.read_text(encoding="utf-8")
-    assert text.split(costs.BEGIN)[1].split(costs.END)[0] == costs.table()
+@pytest.mark.parametrize("name", ["costs", "reliability"])
+def test_the_readmes_tables_are_what_was_measured(name):
+    made = importlib.import_module(f"benchmarks.{name}")
+    text = (made.README).read_text(encoding="utf-8")
+    assert text.split(made.BEGIN)[1].split(made.END)[0] == made.table()

@@ -6,7 +6,7 @@ pytest.importorskip("diffusers")
 
 import failures
 import torch
-from failures import Bench, Ended, Injected, lines_of, restoring, small_recipe
+from failures import Bench, Ended, Injected, lines_of, restoring, small_recipes
 
 from ziplora_lib import memory
 
@@ -19,7 +19,7 @@ def bench(tmp_path_factory, pair_files):
     from ziplora_lib.hosts.diffusers import DiffusersHost
 
     host = DiffusersHost("miniature", tmp_path_factory.mktemp("out"), "cpu")
-    return Bench(host, small_recipe(*pair_files))
+    return Bench(host, small_recipes(*pair_files))
 
 
 def test_a_failure_at_lines_all_over_the_job_is_survived(bench):
@@ -27,7 +27,7 @@ def test_a_failure_at_lines_all_over_the_job_is_survived(bench):
     for name in ("job", "calibration", "memory", "merge/learning", "merge/attach", "hosts/diffusers", "lora/writer"):
         assert any(file.endswith(f"{name}.py") for file in files)
     assert len(bench.lines) > 1000
-    chosen = bench.lines[::EVERY]
+    chosen = list(bench.lines)[::EVERY]
     findings = [
         finding for k, line in enumerate(chosen) for finding in bench.inject(line, Ended if k % 5 == 4 else Injected)
     ]
@@ -61,7 +61,7 @@ def test_what_is_left_behind_is_noticed(bench, monkeypatch):
 
 
 def test_a_line_that_is_not_reached_is_told(bench):
-    file = bench.lines[0][0]
+    file = next(iter(bench.lines))[0]
     assert "not reached" in bench.inject((file, 1), Injected)[0].said
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from failures import small_recipe
+from failures import small_recipes
 from kills import OLDER, Killing
 
 KILLS = 16
@@ -16,7 +16,7 @@ KILLS = 16
 def test_a_dozen_kills(tmp_path, pair_files):
     from ziplora_lib.hosts.diffusers import DiffusersHost
 
-    killing = Killing(DiffusersHost("miniature", tmp_path, "cpu"), small_recipe(*pair_files))
+    killing = Killing(DiffusersHost("miniature", tmp_path, "cpu"), small_recipes(*pair_files))
     for _ in range(KILLS):
         killing.kill()
     assert killing.wrong == []

@@ -21,7 +21,8 @@ def test_plain_names(name):
     "name",
     ["", " ", "\t", "a/b", "/etc/passwd", "a\\b", "..", "../x", "a..b", ".", ".hidden", "a:b", "C:", "a>b", "a<b", "a|b",
      'a"b', "a?b", "a*b", "a,b", "a\nb", "a\x00b", "a\x7fb", " a", "a ", "a.", "con", "CON", "nul.v1", "Com1", "lpt9",
-     "aux", "prn", "none", "None", "addams", "x" * 201, "é" * 101, "\ud800", "a\udfffb"],
+     "aux", "prn", "none", "None", "addams", "x" * 201, "é" * 101, "\ud800", "a\udfffb", "a\u202egnp", "a\u200bb", "\ufeffa",
+     "a\u2066b", "a\u2028b", "a\x85b"],
 )  # fmt: skip
 def test_refused_names(name):
     with pytest.raises(BadInput) as caught:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Body, Depends, FastAPI, HTTPException
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
+from ziplora_lib import access
 from ziplora_lib.errors import BadInput
-from ziplora_lib.jobs import Job, remember
+from ziplora_lib.jobs import Job, QueueFull, check_queue, remember
 from ziplora_lib.later import later
 from ziplora_lib.merge import balance
+from ziplora_lib.naming import sendable, whole
 from ziplora_lib.recipe import Recipe, parse, schema
 
 if TYPE_CHECKING:
@@ -22,6 +29,11 @@ if TYPE_CHECKING:
 bake, merging = later("ziplora_lib.lora.bake"), later("ziplora_lib.job")
 
 PREFIX = "/ziplora/v1"
+# bytes of the largest body, letters of the longest answer to a wrong one, digits of the longest whole number
+LARGEST, LONGEST, DIGITS = 1_000_000, 1000, 400
+# preflights at once, each with its LoRAs in memory; bakes and splits that wait for the model's other work, each with one of
+# the server's threads
+MOST_PREFLIGHTS, MOST_BAKES = 4, 10
 
 
 def credentials(api_auth: str | None) -> dict[str, str] | None:
@@ -29,19 +41,34 @@ def credentials(api_auth: str | None) -> dict[str, str] | None:
     return dict(pair.split(":") for pair in api_auth.split(",")) if api_auth else None
 
 
-def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str] | None) -> None:
-    """Adds the routes to an app. host: a WebuiHost; jobs: shared with the tab; users: who may call, None for everyone."""
+def add_routes(
+    app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str] | None, overwriting: bool = True
+) -> None:
+    """Adds the routes to an app. host: a WebuiHost; jobs: shared with the tab; users: who may call, None for everyone.
+
+    overwriting: whether a LoRA that is there may be replaced.
+    """
 
     def allowed(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008
-        expected = users.get(given.username, "")
-        right = secrets.compare_digest(given.password.encode(), expected.encode())
-        if not right or given.username not in users:
+        name, word = given.username.encode(), given.password.encode()
+        # all are compared, so that the time tells nobody which names there are
+        found = [_same(name, user) & _same(word, password) for user, password in users.items()]
+        if not any(found):
             raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
 
     guards = [] if users is None else [Depends(allowed)]
+    preflights, bakes = threading.BoundedSemaphore(MOST_PREFLIGHTS), threading.BoundedSemaphore(MOST_BAKES)
 
-    def route(method: str, path: str):
-        return app.api_route(PREFIX + path, methods=[method], dependencies=guards)
+    def route(method: str, path: str, reads: bool = False):
+        """A route of that work. reads: it takes the body, as JSON; credentials are asked for before it is read."""
+
+        def add(work: Callable) -> Callable:
+            endpoint = answering(work, reads)
+            name = work.__name__
+            app.add_api_route(PREFIX + path, endpoint, methods=[method], dependencies=guards, name=name)
+            return work
+
+        return add
 
     def recipe_of(body: Any) -> Recipe:
         if not isinstance(body, dict):
@@ -49,67 +76,57 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
         recipe = parse(body)
         if any(parent.reference for parent in recipe.parents):
             raise BadInput("reference pictures cannot be named over the API", remedy="Upload them in the tab")
-        return recipe
+        return access.admitted(recipe, overwriting)
 
     def job_of(job: str) -> Job:
         if job not in jobs:
-            raise HTTPException(404, f"there is no job {job}")
+            raise HTTPException(404, "there is no such job")
         return jobs[job]
-
-    def refused(error: BadInput) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 422)
 
     @route("GET", "/loras")
     def loras():
-        return host.loras()
+        return [name for name in host.loras() if sendable(name)]
 
     @route("GET", "/schema")
     def recipe_schema():
         return schema()
 
-    @route("POST", "/preflight")
-    def check(body: Any = Body(...)):  # noqa: B008
-        try:
-            return merging.preflight(recipe_of(body), host).report
-        except BadInput as error:
-            return refused(error)
+    @route("POST", "/preflight", reads=True)
+    def check(body: Any):
+        recipe = recipe_of(body)
+        with _one_of(preflights):
+            return merging.preflight(recipe, host).report
 
-    @route("POST", "/merge")
-    def merge(body: Any = Body(...)):  # noqa: B008
-        try:
-            recipe = recipe_of(body)
+    @route("POST", "/merge", reads=True)
+    def merge(body: Any):
+        recipe = recipe_of(body)
+        check_queue(jobs)
+        with _one_of(preflights):
             merging.preflight(recipe, host)
-        except BadInput as error:
-            return refused(error)
         job = Job.merge(recipe)
         remember(jobs, job)
         job.start(host)
         return {"job": job.id}
 
-    @route("POST", "/bake")
-    def bake_strengths(body: Any = Body(...)):  # noqa: B008
-        try:
-            wanted = bake_request(body)
+    @route("POST", "/bake", reads=True)
+    def bake_strengths(body: Any):
+        wanted = bake_request(body)
+        access.check_overwriting(wanted.get("overwrite", False), overwriting)
+        with _one_of(bakes):
             weights = bake_weights(wanted, host.peek(wanted["lora"]))
             return merging.bake_balance(host, wanted["lora"], wanted["output"], weights, wanted.get("overwrite", False))
-        except BadInput as error:
-            return refused(error)
-        except OSError as error:
-            return JSONResponse({"error": f"could not be written: {error}"}, 500)
 
-    @route("POST", "/split")
-    def split_halves(body: Any = Body(...)):  # noqa: B008
-        try:
-            wanted = split_request(body)
+    @route("POST", "/split", reads=True)
+    def split_halves(body: Any):
+        wanted = split_request(body)
+        access.check_overwriting(wanted.get("overwrite", False), overwriting)
+        with _one_of(bakes):
             return merging.split_merged(host, wanted["lora"], wanted["outputs"], wanted.get("overwrite", False))
-        except BadInput as error:
-            return refused(error)
-        except OSError as error:
-            return JSONResponse({"error": f"could not be written: {error}"}, 500)
 
     @route("GET", "/jobs")
     def every_job():
-        return [{"job": job.id, "kind": job.kind, "title": job.title, "state": job.state} for job in jobs.values()]
+        known = list(jobs.values())
+        return [{"job": job.id, "kind": job.kind, "title": job.title, "state": job.state} for job in known]
 
     @route("GET", "/jobs/{job}")
     def show(job: str):
@@ -120,6 +137,90 @@ def add_routes(app: FastAPI, host, jobs: dict[str, Job], users: Mapping[str, str
         found = job_of(job)
         found.stop()
         return found.public()
+
+
+@contextmanager
+def _one_of(places: threading.BoundedSemaphore) -> Iterator[None]:
+    """Holds one of so many places meanwhile. Raises QueueFull where none is free."""
+    if not places.acquire(blocking=False):
+        raise QueueFull("too many requests of this kind are at work already", remedy="Wait a moment, then ask again")
+    try:
+        yield
+    finally:
+        places.release()
+
+
+def _same(given: bytes, expected: str) -> bool:
+    return secrets.compare_digest(given, expected.encode())
+
+
+# --- bodies in, refusals out -------------------------------------------------------------------------------------
+
+
+def answering(work: Callable, reads: bool = False) -> Callable:
+    """An endpoint: work(body, what is in the path) in a thread; what is wrong is answered as {"error": one line}."""
+
+    async def endpoint(request: Request):
+        try:
+            body = [await body_of(request)] if reads else []
+            found = await run_in_threadpool(work, *body, **request.path_params)
+            # not the app's own way: that fails at half a character, which a LoRA's metadata can have
+            return Response(json.dumps(jsonable_encoder(found)), media_type="application/json")
+        except HTTPException as refusal:
+            return _refused(refusal.detail, refusal.status_code)
+        except QueueFull as error:
+            return _refused(str(error), 429)
+        except BadInput as error:
+            return _refused(str(error), 422)
+        except OSError as error:
+            return _refused(f"could not be written: {error}", 500)
+
+    return endpoint
+
+
+def _refused(text: str, status: int) -> JSONResponse:
+    line = " ".join(whole(text).split())
+    return JSONResponse({"error": line if len(line) <= LONGEST else f"{line[:LONGEST]} …"}, status)
+
+
+async def body_of(request: Request) -> Any:
+    """The body of a request, as JSON. Raises HTTPException or BadInput for one that is too large, or none."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # any other, or none, a page of somebody else's could send from the user's browser
+        raise HTTPException(415, "the body is not sent as JSON. Send it with Content-Type: application/json.")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > LARGEST:
+            raise HTTPException(413, f"the body is larger than {LARGEST:,} bytes. No recipe is.")
+    return parsed(bytes(data))
+
+
+def parsed(data: bytes) -> Any:
+    """A body as JSON: without NaN, without fields that stand twice, without half characters. Raises BadInput."""
+    try:
+        body = json.loads(data.decode(), object_pairs_hook=_each_once, parse_constant=_no_number, parse_int=_whole)
+        json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the body is not JSON ({error})", remedy="Send a JSON object as UTF-8") from error
+    return body
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field stands twice in it")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a number has more than {DIGITS} digits")
+    return int(text)
 
 
 def bake_request(body: Any) -> dict:

@@ -23,6 +23,10 @@ from ziplora_lib.recipe import Recipe
 
 LEVELS = 1000
 PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# the readers that a reference picture can reach, whatever its name ends in
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# reference pictures of a LoRA; of one its bytes, and its pixels, below what Pillow itself takes for an attack
+MOST_PICTURES, MOST_BYTES, MOST_PIXELS = 64, 100_000_000, 64_000_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class _Prompts:
 
 
 def references(parent_reference: Sequence[str], resolution: int) -> list[Image.Image]:
-    """Reference pictures, cropped to the middle square. Raises BadInput for what is no readable picture."""
+    """Reference pictures, cropped to the middle square. Raises BadInput for what is no readable picture, or too large."""
     files: list[Path] = []
     for entry in map(Path, parent_reference):
         found = sorted(f for f in entry.iterdir() if f.suffix.lower() in PICTURE_FILES) if entry.is_dir() else [entry]
@@ -47,15 +51,29 @@ def references(parent_reference: Sequence[str], resolution: int) -> list[Image.I
                 remedy=f"Put {', '.join(sorted(PICTURE_FILES))} files there, or leave the references out",
             )
         files += found
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                square = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (resolution, resolution))
-        except Exception as error:  # Pillow's readers raise a dozen kinds, all of which mean this
-            raise BadInput("is not a readable picture", file=str(file), remedy="Remove it or save it again") from error
-        pictures.append(square)
-    return pictures
+    if len(files) > MOST_PICTURES:
+        raise BadInput(
+            f"there are {len(files)} reference pictures of one LoRA, and {MOST_PICTURES} are the most",
+            remedy="Choose some of them",
+        )
+    return [_reference(file, resolution) for file in files]
+
+
+def _reference(file: Path, resolution: int) -> Image.Image:
+    try:
+        size, pixels = file.stat().st_size, 0
+        if size <= MOST_BYTES:
+            with Image.open(file, formats=PICTURE_FORMATS) as picture:  # the header alone, so far
+                pixels = picture.width * picture.height
+                if pixels <= MOST_PIXELS:
+                    return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (resolution, resolution))
+    except Exception as error:  # Pillow's readers raise a dozen kinds, all of which mean this
+        raise BadInput("is not a readable picture", file=str(file), remedy="Remove it or save it again") from error
+    raise BadInput(
+        f"is too large a picture ({size / 1e6:.0f} MB, {pixels / 1e6:.0f} million pixels)",
+        file=str(file),
+        remedy=f"Make it smaller than {MOST_BYTES / 1e6:.0f} MB and {MOST_PIXELS / 1e6:.0f} million pixels",
+    )
 
 
 def calibrated(host: Host, router: Router, recipe: Recipe, callback: Callback) -> Calibration:

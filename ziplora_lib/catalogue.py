@@ -13,6 +13,7 @@ from ziplora_lib.hosts.host import Entry, Host
 from ziplora_lib.lora.keys import span
 from ziplora_lib.lora.metadata import made_by
 from ziplora_lib.lora.reader import BASES, glance
+from ziplora_lib.naming import sendable
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Catalogue:
 
 def _listing(host: Host) -> Sequence[Entry]:
     try:
-        return host.listing()
+        return [entry for entry in host.listing() if sendable(entry.name)]
     except BadInput:  # no Lora extension: the tab says so itself
         return []
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ziplora_lib import calibration, history, memory, snapshot, verdict
-from ziplora_lib.errors import BadInput, MergeFailed, NotFinite, Stopped, out_of_memory
+from ziplora_lib.errors import BadInput, MergeFailed, NotFinite, NotSaved, Stopped, out_of_memory
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.lora import keys, writer
 from ziplora_lib.lora.bake import bake, split
@@ -217,7 +217,9 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
         try:
             return _run(attempt, host, callback)
         except Exception as error:
-            if attempt.keeper and isinstance(error, MergeFailed | BadInput):  # it would end so again
+            if attempt.keeper and isinstance(error, NotSaved | BadInput):  # a name, a folder, a disk: to be mended
+                attempt.keeper.keep_last()
+            elif attempt.keeper and isinstance(error, MergeFailed):  # it would end so again
                 attempt.keeper.forget()
             attempt = _again(attempt, error, host)
         # only here is the error gone, and with it what its frames still held
@@ -388,7 +390,13 @@ def _save(
         stacks, extra = extra_tensors(stacks, vectors, ready.shapes, spelled)
         extra |= embedding_tensors(ready.loras)[0]
     names = {"names": recipe.layer_names, "base": model["base"]}
-    saved = writer.write(ready.destination, stacks, recipe.dtype, metadata, recipe.overwrite, extra=extra, **names)
+    try:
+        saved = writer.write(ready.destination, stacks, recipe.dtype, metadata, recipe.overwrite, extra=extra, **names)
+    except OSError as error:
+        raise NotSaved(
+            f"The merge is done, but could not be saved in {ready.destination.parent} ({error.strerror or error}). Mend "
+            "that and zip again with the same settings: what was learned is kept."
+        ) from error
     words = ", ".join(dict.fromkeys(w for w, _ in map(trigger_words, ready.loras) if w))
     card = writer.card(words or recipe.parents_prompt, notes, base=model["base"])
     try:

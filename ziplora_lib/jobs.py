@@ -23,6 +23,14 @@ Work = Callable[[Host, Callback], Any]
 
 # ended jobs that can still be asked about, and those of them whose pictures are kept: 20 MB of five at 1024 pixels
 KEPT_JOBS, KEPT_PICTURES = 100, 3
+# jobs that wait for the host, each with a thread
+MOST_WAITING = 20
+
+_remembering = threading.Lock()
+
+
+class QueueFull(BadInput):
+    """Refused because too much waits already, whatever was asked for."""
 
 
 class Job:
@@ -41,7 +49,7 @@ class Job:
         self.error: str | None = None
         self.bad_input = False
         self.seconds = 0.0
-        self._work = work
+        self.work = work
         self._stop = False
         self._phase_began = 0.0
 
@@ -89,7 +97,7 @@ class Job:
         try:
             if self._stop:
                 raise Stopped
-            self.result = self._work(host, watch)
+            self.result = self.work(host, watch)
             state = "stopped" if getattr(self.result, "stopped", False) else "done"
         except Stopped:
             nothing = "stopped before anything was learned; nothing was saved"
@@ -124,12 +132,20 @@ class Job:
         return view
 
 
+def check_queue(jobs: dict[str, Job]) -> None:
+    """Raises QueueFull where as many jobs wait as may."""
+    if sum(job.state == "queued" for job in list(jobs.values())) >= MOST_WAITING:
+        raise QueueFull(f"{MOST_WAITING} jobs are waiting already", remedy="Wait for one of them, or stop it")
+
+
 def remember(jobs: dict[str, Job], job: Job) -> None:
-    """Adds a job; of ended ones the pictures are forgotten first, then the oldest themselves."""
-    jobs[job.id] = job
-    ended = [key for key, j in jobs.items() if j.ended]
-    pictured = [jobs[key].result for key in ended if getattr(jobs[key].result, "forget_pictures", None)]
-    for result in pictured[:-KEPT_PICTURES]:
-        result.forget_pictures()
-    for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
-        del jobs[key]
+    """Adds a job; of ended ones the pictures are forgotten first, then the oldest themselves. Raises QueueFull."""
+    with _remembering:
+        check_queue(jobs)
+        jobs[job.id] = job
+        ended = [key for key, j in jobs.items() if j.ended]
+        pictured = [jobs[key].result for key in ended if getattr(jobs[key].result, "forget_pictures", None)]
+        for result in pictured[:-KEPT_PICTURES]:
+            result.forget_pictures()
+        for key in ended[: max(0, len(jobs) - KEPT_JOBS)]:
+            del jobs[key]

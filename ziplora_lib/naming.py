@@ -1,7 +1,8 @@
-"""What a new LoRA is called: by a pattern after the LoRAs that go in, or after what is made of a merged one."""
+"""What a LoRA is called, and a new one: by a pattern after the LoRAs that go in, or after what is made of a merged one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import PurePath
@@ -9,11 +10,22 @@ from pathlib import PurePath
 from ziplora_lib.errors import BadInput
 
 ROLES = ("subject", "style")
+_FIELD = re.compile(r"\{(\w*)\}")
 
 
 def lora_name(lora: str) -> str:
     """A LoRA's name, also where a path stands for it."""
     return PurePath(lora).name.removesuffix(".safetensors")
+
+
+def sendable(text: str) -> bool:
+    """Whether a name can be written as JSON: on Linux a file's name can have bytes that are no characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def whole(text: str) -> str:
+    """A stranger's text with a question mark for each half of a character: JSON can hold such, and no page."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def named(pattern: str, parents: Sequence[Mapping], method: str) -> str:
@@ -23,13 +35,13 @@ def named(pattern: str, parents: Sequence[Mapping], method: str) -> str:
         "method": method,
         "date": date.today().isoformat(),
     }
-    try:
-        return pattern.format(**known).strip("- ")
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    # no str.format: a pattern is typed into a page, and could ask for a width of gigabytes
+    if not set(_FIELD.findall(pattern)) <= known.keys() or set("{}") & set(_FIELD.sub("", pattern)):
         raise BadInput(
             f"the name pattern {pattern!r} has something in braces that is not known",
             remedy="Use {subject}, {style}, {method} and {date}",
-        ) from error
+        )
+    return _FIELD.sub(lambda field: known[field[1]], pattern).strip("- ")
 
 
 def at_balance(name: str, balance: float, side: str) -> str:

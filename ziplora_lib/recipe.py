@@ -28,7 +28,9 @@ def _whole_characters(text: str) -> str:
 class Parent(BaseModel, extra=Extra.forbid):
     """One LoRA that goes into the merge."""
 
-    lora: str = Field(..., min_length=1, description="the LoRA: its name in the WebUI, its path on the command line")
+    lora: str = Field(
+        ..., min_length=1, max_length=4096, description="the LoRA: its name in the WebUI, its path on the command line"
+    )
     role: Literal["subject", "style"] = Field(..., description="what it stands for")
     prompt: str = Field("", max_length=2000, description="the prompt it was trained with, trigger word included")
     strength: float = Field(1.0, gt=0, le=4, description="its strength in the merge, as in <lora:name:strength>")

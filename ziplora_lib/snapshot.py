@@ -29,6 +29,12 @@ KEPT = 30 * 24 * 3600
 
 STEPS, PAIRS = ".steps", ".pairs"
 
+# fields of a recipe that no step depends on: how it is saved, what is drawn afterwards, how memory is spared
+NOT_DECIDING = {
+    "output", "overwrite", "allow_same", "dtype", "layer_names", "max_rank", "keep_energy", "keep_norm",
+    "balance_points", "preview_size", "preview_prompt", "memory", "at_once",
+}  # fmt: skip
+
 
 class Keeper:
     """Keeps the state of one merge's steps; see `merge.method.Keeper`. folder: None to keep nothing.
@@ -44,6 +50,7 @@ class Keeper:
         said = json.dumps([__version__, deciding, list(identity)], sort_keys=True)
         self._file = folder and folder / (hashlib.sha256(said.encode()).hexdigest()[:16] + STEPS)
         self._last = time.monotonic()
+        self._state: Callable[[], State] | None = None
 
     def found(self) -> State | None:
         if self._file is None or not self._file.is_file():
@@ -56,9 +63,15 @@ class Keeper:
             return None
 
     def keep(self, state: Callable[[], State]) -> None:
-        if self._file is None or time.monotonic() - self._last < EVERY:
+        self._state = state
+        if time.monotonic() - self._last >= EVERY:
+            self.keep_last()
+
+    def keep_last(self) -> None:
+        """Keeps the last step at once."""
+        if self._file is None or self._state is None:
             return
-        now = state()
+        now = self._state()
         facts = {"recipe": self._recipe, "step": now.step, "steps": self._recipe["steps"], "state": now.facts}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,8 @@ def check_name(name: str) -> str:
         raise BadInput("the output has no name", remedy=remedy)
     if name != name.strip() or name.endswith("."):
         raise BadInput(f"output name {name!r} begins or ends with a space, or ends with a dot", remedy=remedy)
-    if found := re.search(r'[/\\:*?"<>|,\x00-\x1f\x7f\ud800-\udfff]', name):
+    # the last ones turn the direction of text or are not seen, so that a name would read as another
+    if found := re.search(r'[/\\:*?"<>|,\x00-\x1f\x7f-\x9f\ud800-\udfff\u200b\u2028-\u202e\u2066-\u2069\ufeff]', name):
         raise BadInput(
             f"output name {name!r} has the character {found[0]!r}, which a file name or a prompt tag cannot have",
             remedy=remedy,

@@ -14,9 +14,12 @@ from ziplora_lib.tab.running import QUIET, Runner, flat
 from ziplora_lib.tab.zip import Zip
 
 
-def build(host: Host, jobs: dict[str, Job]) -> None:
-    """The tab, into the blocks that are being made. jobs: shared with the API."""
-    place = Place(host, jobs, Runner(host, jobs))
+def build(host: Host, jobs: dict[str, Job], overwriting: bool = True) -> None:
+    """The tab, into the blocks that are being made.
+
+    jobs: shared with the API; overwriting: whether a LoRA that is there may be replaced.
+    """
+    place = Place(host, jobs, Runner(host, jobs), overwriting)
     with gr.Column(elem_id="ziplora_tab"):
         place.runner.area()
         with gr.Tabs(elem_id="ziplora_sections") as sections:

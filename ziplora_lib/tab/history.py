@@ -21,6 +21,7 @@ from ziplora_lib.tab.controls import LABELS
 from ziplora_lib.tab.parents import MOST
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+from ziplora_lib.tab.uploads import Upload
 
 records, writer = later("ziplora_lib.history"), later("ziplora_lib.lora.writer")
 
@@ -52,7 +53,7 @@ class History:
             visible=False,
             elem_id="ziplora_history_gallery",
         )
-        drop = gr.File(
+        drop = Upload(
             label="Drop a merged LoRA, its preview picture or a recipe (.json): the Zip section gets its settings",
             file_types=[".safetensors", ".png", ".json"],
             height=140,

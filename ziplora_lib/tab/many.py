@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from ziplora_lib import effort
+from ziplora_lib import access, effort
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Host
 from ziplora_lib.jobs import Job
@@ -24,6 +25,10 @@ from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import recipe_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import QUIET
+from ziplora_lib.tab.unfinished import Offer
+
+if TYPE_CHECKING:
+    from ziplora_lib.snapshot import Unfinished
 
 batches, merges = later("ziplora_lib.batch"), later("ziplora_lib.many")
 
@@ -65,6 +70,7 @@ class Many:
                 "of each is drawn."
             )
         )
+        self.unfinished = Offer(place, ".pairs", "many")
         with gr.Row():
             self.pickers = [
                 gr.Dropdown(
@@ -94,7 +100,7 @@ class Many:
                 elem_id="ziplora_many_names",
             )
             self.existing = gr.Radio(
-                ["skip", "overwrite"],
+                ["skip", "overwrite"] if place.overwriting else ["skip"],
                 value="skip",
                 label="Names that are taken",
                 info="Leave those pairs out, or replace the LoRAs that have them",
@@ -127,8 +133,12 @@ class Many:
             event(*self.looking, **QUIET)
         refresh.click(self._rescan, None, self.pickers, **QUIET)
         place.runner.offer(plan_button, self.planning, inputs, said, self.plan_shown, [self.table], "plan")
-        shown = [self.table, self.sheet, self.reports, *self.pickers]
+        shown = [self.table, self.sheet, self.reports, *self.unfinished.outputs, *self.pickers]
         place.runner.offer(zip_button, self.zipping, inputs, said, self.batch_shown, shown, "many")
+        going_on = self.unfinished.preparing(self.going_on)
+        place.runner.offer(
+            self.unfinished.go_on, going_on, [self.unfinished.which], said, self.batch_shown, shown, "many"
+        )
 
     # --- what is there -------------------------------------------------------------------------------------
 
@@ -148,8 +158,14 @@ class Many:
         for role, chosen in zip(ROLES, (subjects, styles)):
             if not chosen:
                 raise BadInput(f"no {role} is picked", remedy=f"Pick one {role} LoRA or more")
+        access.check_overwriting(existing == "overwrite", self.place.overwriting)
+        if (pairs := len(subjects) * len(styles)) > access.MOST_PAIRS:
+            raise BadInput(
+                f"these are {pairs:,} pairs, and {access.MOST_PAIRS:,} are the most", remedy="Pick fewer LoRAs"
+            )
         parents = [{"lora": role, "role": role} for role in ROLES]  # what goes in is not a matter of the settings
-        settings = recipe_of(parents, dict(zip(self.settings, rest))).dict(exclude={"parents", "output"})
+        recipe = access.admitted(recipe_of(parents, dict(zip(self.settings, rest))), self.place.overwriting)
+        settings = recipe.dict(exclude={"parents", "output"})
         given = prompts_of(prompts or "", {*subjects, *styles})
         pairs = [
             merges.Pair(merges.Chosen(subject, given.get(subject, "")), merges.Chosen(style, given.get(style, "")))
@@ -191,10 +207,20 @@ class Many:
                 remedy="See the table, and press Plan to look again",
             )
 
+        return self._batch(planned)
+
+    def going_on(self, one: Unfinished) -> Job:
+        """A list that was broken off, as it was asked for."""
+        for recipe in one.recipes:
+            access.admitted(recipe, self.place.overwriting)
+        return self._batch(merges.left(one.recipes, self.place.host))
+
+    def _batch(self, planned: list[merges.Planned]) -> Job:
         def work(host: Host, callback: Callback) -> batches.Batch:
             return merges.run_many(merges.with_preflight(planned, host, callback), host, callback)
 
-        return Job("many", f"{len(to_do)} pairs" if len(to_do) > 1 else to_do[0].output, work, planned)
+        to_do = sum(one.to_do for one in planned)
+        return Job("many", f"{to_do} pairs" if to_do != 1 else planned[0].output, work, planned)
 
     # --- what is shown ------------------------------------------------------------------------------------------
 
@@ -206,14 +232,15 @@ class Many:
     def batch_shown(self, job: Job | None) -> list:
         nothing = [gr.update(value=None, visible=False) for _ in (self.sheet, self.reports)]
         if job is None:
-            return ["", *nothing, *(gr.update() for _ in self.pickers)]
+            return ["", *nothing, *self.unfinished.shown(), *(gr.update() for _ in self.pickers)]
         if job.result is None:
-            return [_without_result(job), *nothing, *self.listed()]
+            return [_without_result(job), *nothing, *self.unfinished.shown(), *self.listed()]
         sheet = job.result.sheet()
         return [
             outcomes_table(job.result, job.seconds),
             gr.update(value=sheet, visible=sheet is not None),
             gr.update(value=reports(job.result), visible=True),
+            *self.unfinished.shown(),
             *self.listed(),
         ]
 

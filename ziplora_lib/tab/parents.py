@@ -14,11 +14,12 @@ import gradio as gr
 from ziplora_lib.errors import BadInput
 from ziplora_lib.hosts.host import Entry
 from ziplora_lib.later import later
-from ziplora_lib.naming import ROLES
+from ziplora_lib.naming import ROLES, whole
 from ziplora_lib.tab import words
 from ziplora_lib.tab.controls import hint, property_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
+from ziplora_lib.tab.uploads import Upload
 
 if TYPE_CHECKING:
     from ziplora_lib.catalogue import Facts
@@ -28,7 +29,7 @@ metadata = later("ziplora_lib.lora.metadata")
 # as many cards as there are; the first two are always seen
 MOST = 6
 # <lora:name:0.8>, <lora:name:te=0.5:unet=0.8>, <lora:name>
-_TAG = re.compile(r"<lora:([^:>]+)((?::[^:>]*)*)>")
+_TAG = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
 
 
 class Parents:
@@ -96,7 +97,7 @@ class Parents:
                 elem_id=name.format("strength"),
             )
             with gr.Accordion("Training pictures", open=False, elem_id=name.format("references")):
-                reference = gr.File(
+                reference = Upload(
                     label="Optional: without them the LoRA makes its own calibration pictures",
                     file_count="multiple",
                     file_types=["image"],
@@ -180,7 +181,7 @@ class Parents:
             found, source = metadata.trigger_words(self.place.host.peek(name))
         except BadInput as error:
             return "", words.error(str(error), "Cannot read it")
-        if found:
+        if found := whole(found):
             return found, words.line(f"Filled in from the {source}.")
         return "", words.line("Its file names no trigger word: write its prompt yourself.")
 
@@ -308,7 +309,7 @@ class Parents:
                 else {}
                 for slot in last[:MOST]
             ]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return slots
         names = set(self.place.names())
         return [slot if slot.get("lora") in names else {} for slot in kept] or slots
@@ -327,10 +328,13 @@ def _swapped(_text: str, slots: list[dict]) -> list[dict]:
 
 def _chosen(text: str, slots: list[dict]) -> list[dict]:
     """Another LoRA in one card, as the list of cards says: {"card", "lora"}."""
-    chosen = json.loads(text)
-    card = chosen["card"]
+    try:
+        chosen = json.loads(text)
+        card, name = range(MOST)[chosen["card"]], str(chosen["lora"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise BadInput("this is no LoRA of the list", remedy="Press Browse and choose one") from error
     role = {"role": slots[card]["role"]} if slots[card] else {}
-    return [*slots[:card], {**role, "lora": chosen["lora"]}, *slots[card + 1 :]]
+    return [*slots[:card], {**role, "lora": name}, *slots[card + 1 :]]
 
 
 def _without(i: int) -> Callable[[str, list[dict]], list[dict]]:

@@ -14,13 +14,16 @@ from ziplora_lib.later import later
 from ziplora_lib.merge import balance
 from ziplora_lib.naming import at_balance
 from ziplora_lib.tab import words
-from ziplora_lib.tab.controls import in_labels
+from ziplora_lib.tab.controls import in_labels, property_of
 from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.running import JS, QUIET
 from ziplora_lib.verdict import short
 
 bake, memory = later("ziplora_lib.lora.bake"), later("ziplora_lib.memory")
 comparing, merging = later("ziplora_lib.comparison"), later("ziplora_lib.job")
+
+# columns of a comparison
+MOST_SEEDS = 6
 
 
 class ResultCard:
@@ -79,7 +82,7 @@ class ResultCard:
                     )
                     self.seeds = gr.Slider(
                         1,
-                        6,
+                        MOST_SEEDS,
                         3,
                         step=1,
                         label="Seeds",
@@ -156,12 +159,14 @@ class ResultCard:
         merge = self.place.jobs.get(job_id)
         if merge is None or merge.result is None:
             raise BadInput("the merge that is shown is no longer known", remedy="Look at it under Strengths")
-        recipe, path = merge.asked, Path(merge.result.file)
-        chosen = [recipe.seed + k for k in range(int(seeds))]
+        recipe, path, prompt = merge.asked, Path(merge.result.file), prompt.strip()
+        if len(prompt) > (longest := property_of("preview_prompt")["maxLength"]):
+            raise BadInput(f"the prompt is longer than {longest} letters", remedy="Write a shorter one")
+        chosen = [recipe.seed + k for k in range(min(int(seeds), MOST_SEEDS))]
         return Job(
             "compare",
             f"{path.stem} beside its LoRAs",
-            lambda host, callback: comparing.comparison(recipe, path, host, chosen, callback, prompt.strip()),
+            lambda host, callback: comparing.comparison(recipe, path, host, chosen, callback, prompt),
         )
 
     def _save(self, current: str, value: float, output: str) -> str:

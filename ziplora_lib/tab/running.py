@@ -77,7 +77,7 @@ class Runner:
         on, off = gr.update(interactive=True), gr.update(interactive=False)
 
         def busy() -> Job | None:
-            return next((job for job in self.jobs.values() if not job.ended), None)
+            return next((job for job in list(self.jobs.values()) if not job.ended), None)
 
         def began(job: Job) -> list:
             return [job.id, gr.update(visible=True), on, *[off] * len(buttons)]
@@ -97,12 +97,12 @@ class Runner:
                             f"ZipLoRA is at work already, on {at_work.title}", remedy="Wait for it, or press Stop"
                         )
                     job = prepare(*values)
+                    remember(self.jobs, job)
                 except BadInput as error:
                     return [*idle, words.error(str(error), REFUSED.get(what, "Not possible")), *refused]
                 except Exception as error:
                     traceback.print_exc()
                     return [*idle, words.error(f"{type(error).__name__}: {error}", "Failed"), *refused]
-                remember(self.jobs, job)
                 job.start(self.host)
                 return [*began(job), "", *show(None)]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ziplora_lib import access
 from ziplora_lib.errors import BadInput
 from ziplora_lib.jobs import Job
 from ziplora_lib.later import later
@@ -213,7 +214,7 @@ class Strengths:
     def _strip_job(self, name: str | None, prompt: str, seed: int | None, size: int) -> Job:
         lora = self._opened(name)
         recipe = drawing.recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
-        plan = drawing.along_balance(lora, recipe, [recipe.seed], POINTS)
+        plan = _admitted(drawing.along_balance(lora, recipe, [recipe.seed], POINTS))
         asked = Asked(lora.name, plan, [(point,) for point in balance.points(POINTS)])
         return Job(
             "strip",
@@ -227,7 +228,7 @@ class Strengths:
         recipe = drawing.recipe_of(lora, prompt.strip(), seed=seed, resolution=size)
         sides = balance.sides(*drawing.cast(lora))
         across, down = (_numbers(text, _label(side, many=True)) for text, side in zip((firsts, seconds), sides))
-        plan = drawing.over_strengths(lora, recipe, [recipe.seed], across, down)
+        plan = _admitted(drawing.over_strengths(lora, recipe, [recipe.seed], across, down))
         asked = Asked(lora.name, plan, [(x, y) for y in down for x in across])
         return Job(
             "grid",
@@ -303,6 +304,13 @@ def build(place: Place) -> Strengths:
     return Strengths(place)
 
 
+def _admitted(plan: drawing.Plan) -> drawing.Plan:
+    """The plan, if it does not take half a day."""
+    pictures = sum(map(len, plan.cells))
+    access.check_effort(2 * plan.recipe.sampler_steps * pictures, plan.recipe.picture_size)
+    return plan
+
+
 def _balance_hint(first: str, second: str) -> str:
     return f"-1: more {first}, 0: as learned, 1: more {second}"
 
@@ -331,4 +339,7 @@ def _numbers(text: str, label: str) -> list[float]:
         except ValueError as error:
             raise BadInput(f"{label}: {word!r} is not a number", remedy=f"For instance {LISTED}") from error
         found.append(number)
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    if len(found) > drawing.MOST:
+        raise BadInput(f"{label}: {len(found)} numbers are too many", remedy=f"Ask for 1 to {drawing.MOST}")
+    return found

@@ -5,24 +5,31 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from ziplora_lib.naming import whole
+
 # of a drawing whose memory was given to newer ones
 GONE = "These pictures are gone: newer ones took their place. Draw them again."
 
 
+def escaped(text: str) -> str:
+    """As text between tags, or as an attribute."""
+    return html.escape(whole(text), quote=True)
+
+
 def error(text: str, what: str = "Cannot zip") -> str:
     """In red."""
-    return f"<div class='error' role='alert'>{what}: {html.escape(text)}</div>"
+    return f"<div class='error' role='alert'>{what}: {escaped(text)}</div>"
 
 
 def line(text: str, small: bool = False) -> str:
     """A paragraph."""
     kind = " class='ziplora_small'" if small else ""
-    return f"<p{kind}>{html.escape(text)}</p>"
+    return f"<p{kind}>{escaped(text)}</p>"
 
 
 def warnings(said: Iterable[str]) -> str:
     """A list, nothing where there is nothing to say."""
-    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in said)
+    items = "".join(f"<li>{escaped(warning)}</li>" for warning in said)
     return f"<p>Worth knowing:</p><ul class='ziplora_warnings'>{items}</ul>" if items else ""
 
 
@@ -32,10 +39,10 @@ class Wrong(str):
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "ziplora_table") -> str:
     """The first column is the rows' headings."""
-    head = "".join(f"<th scope='col'>{html.escape(str(cell))}</th>" for cell in header)
+    head = "".join(f"<th scope='col'>{escaped(str(cell))}</th>" for cell in header)
     body = "".join(
-        f"<tr><th scope='row'>{html.escape(str(row[0]))}</th>"
-        + "".join(f"<td{_red(cell)}>{html.escape(str(cell))}</td>" for cell in row[1:])
+        f"<tr><th scope='row'>{escaped(str(row[0]))}</th>"
+        + "".join(f"<td{_red(cell)}>{escaped(str(cell))}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ziplora_lib import access
 from ziplora_lib.errors import BadInput
 from ziplora_lib.jobs import Job
 from ziplora_lib.later import later
@@ -20,9 +22,14 @@ from ziplora_lib.tab.place import Place
 from ziplora_lib.tab.preflight import ready
 from ziplora_lib.tab.result import ResultCard
 from ziplora_lib.tab.running import JS, QUIET
+from ziplora_lib.tab.unfinished import Offer
+
+if TYPE_CHECKING:
+    from ziplora_lib.snapshot import Unfinished
 
 merging = later("ziplora_lib.job")
 
+OFF = "Off: others can reach this page, and no password stops them"
 # what changes what the preflight says
 CHECKED = (
     "method",
@@ -52,6 +59,7 @@ class Zip:
         gr.HTML(words.line("Merges LoRAs, what is in the picture and how it looks, into one new LoRA."))
         if missing := host.missing():
             gr.HTML(words.error(missing, "Not here"), elem_id="ziplora_missing")
+        self.unfinished = Offer(place, ".steps", "merge")
         self.parents = Parents(place)
         with gr.Row(elem_id="ziplora_main"):
             self.settings["output"] = control("output", host, scale=2)
@@ -61,7 +69,7 @@ class Zip:
             for title, group in ADVANCED.items():
                 gr.HTML(f"<h4>{title}</h4>", elem_classes=["ziplora_heading"])
                 with gr.Row(elem_classes=["ziplora_grid"]):
-                    self.settings |= {field: control(field, host) for field in group}
+                    self.settings |= {field: control(field, host, **self._layout(field)) for field in group}
         with gr.Row(elem_id="ziplora_buttons"):
             zip_button = gr.Button("Zip", variant="primary", elem_id="ziplora_zip", scale=3)
             check_button = gr.Button("Check", elem_id="ziplora_check", scale=1)
@@ -102,18 +110,27 @@ class Zip:
         check_button.click(check, [page_id, *self.inputs], checked, **keeping)
 
         def show(job: Job | None) -> list:
-            return [*self.parents.listed(), *self.result.shown(job)]
+            return [*self.unfinished.shown(), *self.parents.listed(), *self.result.shown(job)]
 
-        shown_after = [*self.parents.pickers, *self.result.outputs]
+        shown_after = [*self.unfinished.outputs, *self.parents.pickers, *self.result.outputs]
         place.runner.offer(zip_button, self._job, self.inputs, said, show, shown_after, "merge")
+        going_on = self.unfinished.preparing(
+            lambda one: self._checked_job(access.admitted(one.recipes[0], place.overwriting))
+        )
+        place.runner.offer(self.unfinished.go_on, going_on, [self.unfinished.which], said, show, shown_after, "merge")
         self.result.connect()
+
+    def _layout(self, field: str) -> dict:
+        off = field == "overwrite" and not self.place.overwriting
+        return {"interactive": False, "info": OFF} if off else {}
 
     # --- recipes in and out ---------------------------------------------------------------------------------
 
     def recipe(self, values) -> Recipe:
         """What the page holds, as a recipe. Raises BadInput."""
         n = len(self.parents.inputs)
-        return recipe_of(self.parents.of(values[:n]), dict(zip(self.settings, values[n:])))
+        recipe = recipe_of(self.parents.of(values[:n]), dict(zip(self.settings, values[n:])))
+        return access.admitted(recipe, self.place.overwriting)
 
     def use(self, recipe: Mapping) -> list:
         """Updates for `filled`: the recipe's LoRAs and settings; what it does not say gets its default."""
@@ -123,6 +140,8 @@ class Zip:
             for field in self.settings
             if field in fields
         }
+        if not self.place.overwriting:
+            values["overwrite"] = False
         return [*self.parents.fill(recipe.get("parents", [])[:MOST], {}), *values.values(), ""]
 
     def _name(self, parents: list[dict]) -> str:
@@ -144,7 +163,12 @@ class Zip:
             return words.error(f"{type(error).__name__}: {error}")
 
     def _job(self, *values) -> Job:
-        recipe = self.recipe(values)
+        return self._checked_job(self.recipe(values))
+
+    def _going_on(self, one: Unfinished) -> Job:
+        return self._checked_job(access.admitted(one.recipes[0], self.place.overwriting))
+
+    def _checked_job(self, recipe: Recipe) -> Job:
         # what headers tell is refused now, the rest by the job
         merging.preflight(recipe, self.place.host, values=False)
         return Job.merge(recipe)
