@@ -39,12 +39,12 @@ def write_synced(part: Path, *pieces: bytes | memoryview) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename last, where the system lets one ask for it."""
-    if hasattr(os, "O_DIRECTORY"):
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with contextlib.suppress(OSError):  # some network drives cannot; the file is whole and in its place
         opened = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(opened)
-        except OSError:
-            pass  # some network drives cannot; the file is whole and in its place
         finally:
             os.close(opened)
 

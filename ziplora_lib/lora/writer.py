@@ -142,17 +142,15 @@ def write(
         header = _header({"__metadata__": {name: _text(value) for name, value in metadata.items()}, **header})
         atomic.write_synced(part, header, body)
         _compare(part, tensors, body_hash)
-        _rename(part, path, overwrite)
+        error = _largest_error(stacks, tensors, names, base, extra)
+        told = {"sha256": body_hash, "bytes": len(header) + len(body), "largest_error": error}
+        _rename(part, path, overwrite)  # last: what fails before leaves no file, and after it there is nothing to fail
         for ending in (".png", ".balance.png"):  # pictures of what was overwritten
             with contextlib.suppress(OSError):
                 path.with_suffix(ending).unlink(missing_ok=True)
     finally:
         part.unlink(missing_ok=True)
-    return {
-        "sha256": body_hash,
-        "bytes": len(header) + len(body),
-        "largest_error": _largest_error(stacks, tensors, names, base, extra),
-    }
+    return told
 
 
 def write_beside(path: Path, ending: str, data: bytes) -> None:
