@@ -44,9 +44,7 @@ class Keeper:
 
     def __init__(self, folder: Path | None, recipe: Recipe, identity: Sequence[str]):
         self._recipe = json.loads(recipe.json())
-        deciding = {
-            name: value for name, value in self._recipe.items() if name not in ("overwrite", "memory", "at_once")
-        }
+        deciding = {name: value for name, value in self._recipe.items() if name not in NOT_DECIDING}
         said = json.dumps([__version__, deciding, list(identity)], sort_keys=True)
         self._file = folder and folder / (hashlib.sha256(said.encode()).hexdigest()[:16] + STEPS)
         self._last = time.monotonic()
