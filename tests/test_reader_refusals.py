@@ -295,3 +295,17 @@ def test_a_part_that_no_kind_has(tmp_path):
 def test_a_dora_scale_alone(tmp_path):
     save_file({f"{LAYER}.dora_scale": torch.ones(6, 1)}, tmp_path / "bad.safetensors")
     refusal(tmp_path / "bad.safetensors", key=LAYER)
+
+
+def test_what_was_read_stays_when_the_file_is_overwritten_or_cut_short(good, tmp_path):
+    """A mapped file would change its values, and end the program."""
+    path = tmp_path / "good.safetensors"
+    lora = read(path)
+    before = {key: delta.dense().clone() for key, delta in lora.deltas.items()}
+    with path.open("r+b") as file:
+        file.seek(len(good) - 200)
+        file.write(b"\0" * 200)
+    assert all(torch.equal(delta.dense(), before[key]) for key, delta in lora.deltas.items())
+    with path.open("r+b") as file:
+        file.truncate(16)
+    assert all(torch.equal(delta.dense(), before[key]) for key, delta in lora.deltas.items())

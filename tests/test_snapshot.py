@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,6 +95,41 @@ def test_what_was_learned_outlives_a_disk_that_is_full(host, recipe_of, monkeypa
     assert "merge" not in phases
     assert any("went on from step 4" in said for said in result.warnings)
     assert left(host) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no list"), MergeFailed("another checkpoint")])
+def test_after_the_file_is_saved_nothing_begins_again(host, recipe_of, monkeypatch, error):
+    """Nor does it fail: the LoRA is there."""
+
+    def publish(path):
+        raise error
+
+    monkeypatch.setattr(host, "publish", publish)
+    run = Job.merge(recipe_of(method="direct"))
+    run.run(host)
+    assert run.state == "done", run.error
+    assert any("could not be put into the list" in said for said in run.result.warnings)
+    assert run.result.tag == "<lora:merged:1>"
+
+
+def test_a_thread_that_is_ended_leaves_no_job_at_work(host, recipe_of):
+    run = Job.merge(recipe_of())
+    with pytest.raises(SystemExit):
+        run.run(host, lambda _: sys.exit())
+    assert (run.state, run.error) == ("failed", "it was ended from outside")
+
+
+def test_a_host_that_cannot_be_had_leaves_no_job_in_the_queue(host, recipe_of, monkeypatch):
+    def exclusive(name):
+        raise RuntimeError("no queue")
+
+    monkeypatch.setattr(host, "exclusive", exclusive)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    run = Job.merge(recipe_of())
+    run.start(host)
+    while not run.ended:
+        time.sleep(0.01)
+    assert "no queue" in run.error
 
 
 def test_a_folder_that_is_gone_when_it_saves(host, recipe_of):

@@ -134,13 +134,19 @@ def recipe_from(path: Path) -> dict:
 
 def _written(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST:
-            raise BadInput("is larger than any recipe", file=path.name, remedy=_TAKE)
-        return path.read_bytes().decode("utf-8-sig")
+        if path.exists() and not path.is_file():  # reading a pipe never ends
+            problem = "is no file"
+        elif path.stat().st_size > LARGEST:
+            problem = "is larger than any recipe"
+        else:
+            return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise BadInput(f"cannot be read ({error.strerror})", file=path.name, remedy=_TAKE) from error
-    except UnicodeDecodeError as error:
-        raise BadInput("is not JSON: it is no text", file=path.name, remedy=_TAKE) from error
+        problem = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        problem = "is not JSON: it is no text"
+    except ValueError:  # a name that no file can have
+        problem = "there is no such file"
+    raise BadInput(problem, file=path.name, remedy=_TAKE)
 
 
 def _loaded(text: str, file: str, longest: int) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 from collections import Counter, defaultdict
@@ -11,7 +12,7 @@ from statistics import median
 
 from safetensors import safe_open
 
-from ziplora_lib.errors import BadInput
+from ziplora_lib.errors import BadInput, one_line
 from ziplora_lib.lora import bake
 from ziplora_lib.lora.keys import is_unet, listed, span
 from ziplora_lib.lora.metadata import trigger_words
@@ -24,6 +25,8 @@ from ziplora_lib.merge.pairing import equalising
 _PARTS = {"attn1": "attention", "attn2": "attention", "ff": "feed-forward", "proj": "projection", "resnet": "convolution",
           "sampler": "convolution", "conv": "convolution", "time": "time"}  # fmt: skip
 _ENCODERS = {"te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2"}
+# characters of a line for a terminal: metadata can have megabytes, which --json shows
+SHOWN = 1000
 # ranks above this one are rarely meant
 HUGE_RANK = 256
 # what trainers write -> how it is called here
@@ -190,7 +193,7 @@ def _training(lora: Lora) -> dict[str, str]:
 def inspected_text(view: Mapping) -> str:
     """One LoRA of `inspect`, for a terminal."""
     if "problem" in view:
-        return f"{view['file']}\n  {'problem':16}{view['problem']}"
+        return f"{one_line(view['file'], SHOWN)}\n  {'problem':16}{one_line(view['problem'], SHOWN)}"
     kinds = ", ".join(f"{n} {kind}" for kind, n in view["kinds"].items())
     parts = ", ".join(f"{part} {n}" for part, n in view["parts"].items())
     norms = sorted(view["norms_by_block"].items(), key=lambda entry: -entry[1])
@@ -215,8 +218,11 @@ def inspected_text(view: Mapping) -> str:
         **_made_from(view["ziplora"]),
         "sha256": view["sha256"],
     }
-    lines = [f"  {name:16}{value}" for name, value in rows.items() if value]
-    return "\n".join([view["file"], *lines, *(f"  {'problem':16}{problem}" for problem in view["problems"])])
+    lines = [(name, value) for name, value in rows.items() if value]
+    lines += [("problem", problem) for problem in view["problems"]]
+    return "\n".join(
+        [one_line(view["file"], SHOWN), *(f"  {name:16}{one_line(value, SHOWN)}" for name, value in lines)]
+    )
 
 
 def _rank_text(view: Mapping) -> str:
@@ -250,7 +256,7 @@ def _made_from(made: Mapping) -> dict[str, str]:
             "method": str(made["recipe"]["method"]),
             "mean m": ", ".join(f"{float(m):.3g}" for m in learned.get("mean", [])),
         }
-    except (KeyError, TypeError, ValueError, AttributeError):  # not ours, or changed by another tool
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # not ours, or changed by another tool
         return {}
 
 
@@ -492,7 +498,7 @@ def _sparsity_text(views: Sequence[Mapping]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence], last_left: bool = False) -> str:
     """Columns aligned, the first to the left, the others to the right."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    lines = [[one_line(cell, SHOWN) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
 
     def line(cells: list[str]) -> str:
@@ -510,7 +516,17 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _parsed(value: str) -> object:
+    """What recorded JSON says, where it can be said again as JSON, else its text."""
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError):
         return value
+    return found if _plain(found) else value
+
+
+def _plain(value: object, levels: int = 50) -> bool:
+    """Whether JSON is of finite numbers, and nested no more deeply than anything that ZipLoRA records."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_plain(part, levels - 1) for part in inner)

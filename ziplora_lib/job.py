@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import combinations
@@ -221,6 +222,8 @@ def run(recipe: Recipe, host: Host, callback: Callback = lambda _: None) -> Resu
                 attempt.keeper.keep_last()
             elif attempt.keeper and isinstance(error, MergeFailed):  # it would end so again
                 attempt.keeper.forget()
+            if attempt.saved:
+                raise
             attempt = _again(attempt, error, host)
         # only here is the error gone, and with it what its frames still held
         memory.give_back()
@@ -236,6 +239,7 @@ class Attempt:
     said: tuple[str, ...] = ()
     plan: memory.Plan | None = None
     keeper: snapshot.Keeper | None = None
+    saved: bool = False
 
 
 def _again(attempt: Attempt, error: Exception, host: Host) -> Attempt:
@@ -295,14 +299,15 @@ def _run(attempt: Attempt, host: Host, callback: Callback) -> Result:
         saved = _save(recipe, ready, merged, stacks, pairing.vectors, kept, warnings)
         if attempt.keeper:
             attempt.keeper.forget()
+        attempt.saved = True
         saved["rank_loss"] = asdict(loss) if loss is not None else None
-        tag = host.publish(ready.destination)
+        tag = _published(host, ready.destination, warnings)
         phase_done("save")
-        with attach(ready.slots, stacks, pairing.vectors) as router:
-            pictures = []
-            if not merged.stopped:
-                texts = partial(_texts, recipe, host, tag, saved["sha256"], kept)
-                pictures = _pictures(recipe, host, router, ready.destination, texts, callback, warnings)
+        pictures = []
+        if not merged.stopped:
+            texts = partial(_texts, recipe, host, tag, saved["sha256"], kept)
+            attached = partial(attach, ready.slots, stacks, pairing.vectors)
+            pictures = _pictures(recipe, host, attached, ready.destination, texts, callback, warnings)
         phase_done("preview")
     last = merged.history[-1] if merged.history else {}
     errors, summed = (merged.summary.get(name, []) for name in ("error", "error_plain_sum"))
@@ -412,10 +417,19 @@ def _texts(recipe: Recipe, host: Host, tag: str, sha256: str, kept: dict, point:
     return history.texts(kept, host.infotext(f"{recipe.picture_prompt} {tag}", *settings), tag, sha256, point)
 
 
+def _published(host: Host, destination: Path, warnings: list[str]) -> str:
+    """The LoRA's tag. What the host fails at costs no merge: the file is there."""
+    try:
+        return host.publish(destination)
+    except Exception as error:
+        warnings.append(f"the LoRA is saved, but could not be put into the list ({error}): refresh it")
+        return f"<lora:{destination.stem}:1>"
+
+
 def _pictures(
     recipe: Recipe,
     host: Host,
-    router: Router,
+    attached: Callable[[], AbstractContextManager[Router]],
     destination: Path,
     texts: Callable[[float], dict[str, str]],
     callback: Callback,
@@ -424,21 +438,22 @@ def _pictures(
     """The strip along the balance; its middle is the preview beside the file. What fails here costs no merge."""
     pictures = []
     try:
-        # the middle first: it is the preview
-        for k, point in enumerate(sorted(balance.points(recipe.balance_points), key=abs)):
-            if callback({"phase": "preview", "step": k, "steps": recipe.balance_points}):
-                raise Stopped
-            router.merged(weights=balance.weights(point, [p.role for p in recipe.parents]))
-            latent = host.sample(
-                recipe.picture_prompt, recipe.seed, recipe.picture_size, recipe.sampler_steps, recipe.guidance
-            )
-            if not torch.isfinite(latent).all():
-                raise MergeFailed("with it the model gives no finite values: lower the LoRAs' strengths")
-            picture = host.decode(latent)
-            picture.info = texts(point)
-            pictures.append((point, picture))
-            if point == 0:
-                writer.write_beside(destination, ".png", png(picture))
+        with attached() as router:
+            # the middle first: it is the preview
+            for k, point in enumerate(sorted(balance.points(recipe.balance_points), key=abs)):
+                if callback({"phase": "preview", "step": k, "steps": recipe.balance_points}):
+                    raise Stopped
+                router.merged(weights=balance.weights(point, [p.role for p in recipe.parents]))
+                latent = host.sample(
+                    recipe.picture_prompt, recipe.seed, recipe.picture_size, recipe.sampler_steps, recipe.guidance
+                )
+                if not torch.isfinite(latent).all():
+                    raise MergeFailed("with it the model gives no finite values: lower the LoRAs' strengths")
+                picture = host.decode(latent)
+                picture.info = texts(point)
+                pictures.append((point, picture))
+                if point == 0:
+                    writer.write_beside(destination, ".png", png(picture))
     except Stopped:
         warnings.append("the LoRA is saved; making its preview pictures was interrupted")
     except Exception as error:  # whatever it is, the merge itself is done and saved

@@ -75,8 +75,13 @@ class Job:
         """Runs in a thread of its own, as soon as the host is free."""
 
         def work() -> None:
-            with host.exclusive(self.task):
-                self.run(host, host.progress)
+            try:
+                with host.exclusive(self.task):
+                    self.run(host, host.progress)
+            except BaseException as error:
+                if not self.ended:  # the host could not be had
+                    self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+                raise
 
         threading.Thread(target=work, name=self.task, daemon=True).start()
 
@@ -110,6 +115,9 @@ class Job:
         except Exception as error:
             traceback.print_exc()
             state, self.error = "failed", f"{type(error).__name__}: {error}"
+        except BaseException:  # the thread or the program is ended
+            self.state, self.error = "failed", "it was ended from outside"
+            raise
         self.seconds = round(time.monotonic() - began, 1)
         self.state = state  # last: whoever waits for it finds the rest
 

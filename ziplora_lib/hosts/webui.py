@@ -1,13 +1,14 @@
 """The WebUI and its Lora extension: the model that is loaded there, on its device, and the LoRAs that it lists.
 
-The only file that imports the WebUI's `modules`. Whatever it changes on the live model, `session` puts back.
+This file and webui_state.py, which puts back whatever is changed on the live model, are the only ones that import the WebUI's
+`modules`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -25,21 +26,19 @@ from modules import (
     progress,
     prompt_parser,
     rng,
-    sd_hijack,
     sd_models,
     sd_samplers_common,
     sd_unet,
     sd_vae,
-    sd_vae_approx,
-    sd_vae_taesd,
     shared,
 )
 from PIL import Image
 from torch import Tensor
 
-from ziplora_lib.errors import BadInput, Stopped, out_of_memory
-from ziplora_lib.hosts import precision
+from ziplora_lib.errors import BadInput, MergeFailed, Stopped, out_of_memory
+from ziplora_lib.hosts import webui_state as state
 from ziplora_lib.hosts.host import Entry, Model, entries, share
+from ziplora_lib.hosts.webui_state import lora_extension
 from ziplora_lib.later import later
 from ziplora_lib.options import OPTIONS
 
@@ -66,29 +65,36 @@ _FUSED_ATTENTION = re.compile(r"((?:1_)?model_transformer_resblocks_\d+_attn)_(q
 SLOTS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
 
 
-def lora_extension():
-    """The built-in Lora extension's `networks`: a top-level module, there once the WebUI's scripts are loaded."""
-    networks = sys.modules.get("networks")
-    if networks is None:
-        raise BadInput(
-            "the WebUI's built-in Lora extension is not active",
-            remedy="Switch it on in Extensions > Installed, and restart",
-        )
-    return networks
-
-
 class WebuiHost:
     """The WebUI as host. Cond: what `get_learned_conditioning` gives; SDXL: {"crossattn", "vector"}, else {"crossattn"}."""
+
+    # the model of the session that this thread is in: other threads look at the WebUI meanwhile
+    _own = threading.local()
+
+    @property
+    def _held(self) -> state.Held | None:
+        return getattr(self._own, "held", None)
+
+    def _live(self):
+        """The WebUI's model. Raises MergeFailed in a session that began with another."""
+        if self._held is None:
+            return shared.sd_model
+        self._held.check()
+        return self._held.model
 
     # --- LoRAs -------------------------------------------------------------------------------------
 
     def loras(self) -> list[str]:
-        listed = lora_extension().available_networks.items()
-        return sorted((name for name, entry in listed if entry.is_safetensors), key=str.lower)
+        return sorted(self._listed(), key=str.lower)
 
     def listing(self) -> list[Entry]:
-        found = [(name, Path(lora_extension().available_networks[name].filename)) for name in self.loras()]
+        found = [(name, Path(entry.filename)) for name, entry in self._listed().items()]
         return entries(found, Path(shared.cmd_opts.lora_dir), _thumbnail)
+
+    def _listed(self) -> dict:
+        """A copy: whoever refreshes the list empties it first, in whatever thread."""
+        listed = lora_extension().available_networks.copy()
+        return {name: entry for name, entry in listed.items() if entry.is_safetensors}
 
     def option(self, name: str) -> Any:
         return shared.opts.data.get(f"ziplora_{name}", OPTIONS[name].default)
@@ -106,18 +112,23 @@ class WebuiHost:
         return reader.peek(self._path(name))
 
     def _path(self, name: str) -> Path:
+        return Path(self._entry(name).filename)
+
+    def _entry(self, name: str):
         available = lora_extension().available_networks
-        if name not in available:
+        if (found := available.get(name)) is None:
             self.refresh()
-        if name not in available:
+            found = available.get(name)
+        if found is None:
             raise BadInput(f"there is no LoRA named {name!r}", remedy="Pick one of the list, or refresh it")
-        return Path(available[name].filename)
+        return found
 
     def _network(self, lora: Lora):
         """A LoRA as the Lora extension loads it for a prompt. Raises BadInput for one that it fails at."""
-        networks = lora_extension()
+        networks, entry = lora_extension(), self._entry(lora.name)
         try:
-            return networks.load_network(lora.name, networks.available_networks[lora.name])
+            with state.same_chance():  # its modules are made with random weights first
+                return networks.load_network(lora.name, entry)
         except Exception as error:  # its parsers assert and raise whatever they meet
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadInput(
@@ -125,6 +136,26 @@ class WebuiHost:
                 file=lora.path.name,
                 remedy="Pick a LoRA that can be prompted with",
             ) from error
+
+    def _same_network(self, lora: Lora):
+        """The same, where its values count: they must be those that were read before, and stay so."""
+        network = self._network(lora)
+        for module in network.modules.values():  # as loaded they lie in the file, which may be overwritten
+            vars(module).update({name: v.clone() for name, v in vars(module).items() if isinstance(v, Tensor)})
+        for embedding in network.bundle_embeddings.values():
+            many = isinstance(embedding.vec, dict)
+            embedding.vec = {k: v.clone() for k, v in embedding.vec.items()} if many else embedding.vec.clone()
+        try:
+            same = reader.tensor_sha256(lora.path) == lora.hash
+        except OSError:
+            same = False
+        if not same:
+            raise BadInput(
+                "was changed, moved or deleted while it was being read",
+                file=lora.path.name,
+                remedy="Wait until it is saved, and begin again",
+            )
+        return network
 
     def unapplied(self, lora: Lora) -> list[str]:
         known = self._network(lora).modules
@@ -175,25 +206,27 @@ class WebuiHost:
 
     def publish(self, path: Path) -> str:
         # an overwritten file would otherwise go on with its old weights, and with prompts encoded under them
-        networks = lora_extension()
-        if FORGE:
-            _forget_in_forge(networks)
-        else:
-            networks.networks_in_memory.pop(path.stem, None)
-            networks.load_networks([])
-        for kind in (processing.StableDiffusionProcessing, processing.StableDiffusionProcessingTxt2Img):
-            for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
-                if cache in vars(kind):
-                    setattr(kind, cache, [None, None])
-        self.refresh()
+        with ExitStack() as every:  # one that fails keeps none of the others from it
+            every.callback(self.refresh)
+            every.callback(_encode_again)
+            if FORGE:
+                every.callback(_forget_in_forge, lora_extension())
+            else:
+                every.callback(state.forget, path.stem)
         return f"<lora:{path.stem}:1>"
 
     # --- the model ---------------------------------------------------------------------------------
+
+    def scratch(self) -> Path | None:
+        return Path(shared.data_path, "cache", "ziplora")
 
     def missing(self) -> str:
         return f"{NOT_IN_FORGE}. {INSTEAD}." if FORGE else ""
 
     def model(self) -> Model:
+        if self._held is not None:  # settings that are changed meanwhile wait for the next generation
+            self._held.check()
+            return self._held.said
         if FORGE:
             raise BadInput(NOT_IN_FORGE, remedy=INSTEAD)
         model = shared.sd_model
@@ -215,6 +248,13 @@ class WebuiHost:
             raise BadInput("FP8 weights are on", remedy="Set Settings > Optimizations > FP8 weight to Disable")
         if sd_unet.current_unet is not None or sd_unet.get_unet_option() is not None:
             raise BadInput("another SD Unet (such as TensorRT) is active", remedy="Set Settings > SD Unet to None")
+        # the WebUI's own is on while it generates, and only then
+        own = getattr(model, "applied_token_merged_ratio", 0)
+        if not own and any(type(module).__name__ == "ToMeBlock" for module in model.model.modules()):
+            raise BadInput(
+                "token merging is on, by another extension than the WebUI's own",
+                remedy="Switch that extension off, and load the checkpoint again",
+            )
         if shared.opts.data.get("hypertile_enable_unet", False):
             raise BadInput("Hypertile is on", remedy="Switch off Settings > Hypertile > Enable Hypertile U-Net")
         dtype = next(model.model.parameters()).dtype
@@ -227,7 +267,7 @@ class WebuiHost:
         return None if sd_models.model_data.sd_model is None and not FORGE else self.model()
 
     def slots(self, keys: Sequence[str]) -> dict[str, Slot]:
-        mapping = shared.sd_model.network_layer_mapping
+        mapping = self._live().network_layer_mapping
         slots = {}
         heads: dict[str, dict[str, str]] = {}
         for key in keys:
@@ -245,7 +285,7 @@ class WebuiHost:
     def dense(self, lora: Lora) -> Iterator[tuple[str, Tensor]]:
         if not lora.dense:
             return
-        applied = self._network(lora).modules
+        applied = self._same_network(lora).modules
         for key, slot in self.slots(list(lora.dense)).items():
             module = applied.get(network_name(key))
             # what the Lora extension cannot apply, it leaves out as well
@@ -254,58 +294,48 @@ class WebuiHost:
 
     @contextmanager
     def embeddings(self, loras: Sequence[Lora]) -> Iterator[None]:
-        known = sd_hijack.model_hijack.embedding_db
-        registered = []
-        try:
-            for lora in loras:
-                if not lora.embeddings:
-                    continue
-                for name, embedding in self._network(lora).bundle_embeddings.items():
-                    fits = known.expected_shape in (-1, embedding.shape)
-                    if fits and name not in known.word_embeddings:  # one in the embeddings folder comes first there too
-                        known.register_embedding(embedding, shared.sd_model)
-                        registered.append(name)
+        bundled = [e for x in loras if x.embeddings for e in self._same_network(x).bundle_embeddings.values()]
+        with state.known_embeddings(self._live(), bundled):
             yield
-        finally:
-            for name in registered:
-                known.register_embedding_by_name(None, shared.sd_model, name)
 
     @contextmanager
     def session(self, full_precision: bool = False) -> Iterator[None]:
         model = shared.sd_model
-        with ExitStack() as stack:
-            stack.enter_context(_bare(model))
-            sd_models.apply_alpha_schedule_override(model)  # as the settings have it now, not the last generation
-            stack.enter_context(_frozen(model))
-            stack.enter_context(_no_hypertile(model))
+        with ExitStack() as back:
+            back.enter_context(state.same_chance())
+            for changed in (state.bare, state.by_itself, state.usual, state.frozen):
+                back.enter_context(changed(model))
             if full_precision:
-                stack.enter_context(_full_precision(model))
-            yield
+                back.enter_context(state.full_precision(model))
+            back.callback(setattr, self._own, "held", None)
+            self._own.held = held = state.Held.now(self.model())
+            try:
+                yield
+            except (MergeFailed, BadInput, Stopped):
+                raise
+            except Exception:  # of tensors on two devices, for instance
+                held.check_place()
+                raise
 
     def unet(self) -> torch.nn.Module:
-        return shared.sd_model.model.diffusion_model
+        return self._live().model.diffusion_model
 
     @contextmanager
     def resting(self, text: bool = False) -> Iterator[None]:
-        model = shared.sd_model
+        model = self._live()
         # with a live preview's wish still open the page's thread would have the VAE decode
         shared.state.current_latent = None
         with ExitStack() as back:
-            back.enter_context(_plain_attention())
+            back.enter_context(state.plain_attention())
             kind = devices.device.type
             if kind == "mps" or (kind == "cuda" and devices.cuda_no_autocast()):
                 # casts there are patches of classes, which a block that is computed again in the backward needs too
                 back.enter_context(devices.autocast())
             if getattr(model, "lowvram", False):  # of its parts one at a time is on the device anyway
-                back.enter_context(_unhooked(self.unet()))
-                yield
-                return
-            parts = [model.first_stage_model]
-            if not text:
-                parts.append(model.conditioner if model.is_sdxl else model.cond_stage_model)
-            for part in parts:
-                back.callback(part.to, next(part.parameters()).device)
-                part.to(devices.cpu)
+                back.enter_context(state.unhooked(self.unet()))
+            else:
+                texts = [] if text else [model.conditioner if model.is_sdxl else model.cond_stage_model]
+                back.enter_context(state.off_device(model, [model.first_stage_model, *texts]))
             yield
 
     # --- prompts, pictures, predictions ----------------------------------------------------------------
@@ -313,15 +343,15 @@ class WebuiHost:
     def encode(
         self, prompt: str, resolution: int, negative: bool = False, gradients: bool = False
     ) -> dict[str, Tensor]:
-        model = shared.sd_model
+        model = self._live()
         (text,), _ = extra_networks.parse_prompts([prompt])
         texts = prompt_parser.SdConditioning([text], width=resolution, height=resolution, is_negative_prompt=negative)
-        with torch.set_grad_enabled(gradients), _trainable(model, gradients), devices.autocast():
+        with torch.set_grad_enabled(gradients), state.trainable(model, gradients), devices.autocast():
             cond = model.get_learned_conditioning(texts)
         return cond if model.is_sdxl else {"crossattn": cond}
 
     def sample(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> Tensor:
-        p = _txt2img(prompt, seed, resolution, steps, guidance)
+        p = _txt2img(self._live(), prompt, seed, resolution, steps, guidance)
         p.seeds, p.subseeds, p.prompts, p.negative_prompts = [seed], [seed], p.all_prompts, p.all_negative_prompts
         p.parse_extra_network_prompts()  # takes <lora:…> out of the text; none is activated
         with torch.no_grad(), p.sd_model.ema_scope():
@@ -345,7 +375,7 @@ class WebuiHost:
         return latent
 
     def infotext(self, prompt: str, seed: int, resolution: int, steps: int, guidance: float) -> str:
-        p = _txt2img(prompt, seed, resolution, steps, guidance)
+        p = _txt2img(self._live(), prompt, seed, resolution, steps, guidance)
         p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
         p.sd_vae_name, p.sd_vae_hash = sd_vae.get_loaded_vae_name(), sd_vae.get_loaded_vae_hash()
         return processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
@@ -356,31 +386,30 @@ class WebuiHost:
         # the VAE draws from its posterior: the same latent for the same picture, and the caller's random state kept
         with torch.random.fork_rng(), devices.autocast():
             torch.manual_seed(0)
-            return sd_samplers_common.images_tensor_to_samples(pixels, model=shared.sd_model)
+            return sd_samplers_common.images_tensor_to_samples(pixels, model=self._live())
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Image.Image:
-        decoded = processing.decode_latent_batch(
-            shared.sd_model, latent, target_device=devices.cpu, check_for_nans=True
-        )
+        decoded = processing.decode_latent_batch(self._live(), latent, target_device=devices.cpu, check_for_nans=True)
         pixels = torch.clamp((decoded[0].float() + 1.0) / 2.0, 0.0, 1.0)
         return Image.fromarray((255.0 * pixels.permute(1, 2, 0).numpy()).astype(np.uint8))
 
     def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha = shared.sd_model.alphas_cumprod.float().to(latent.device)[t].reshape(-1, 1, 1, 1)
+        alpha = self._live().alphas_cumprod.float().to(latent.device)[t].reshape(-1, 1, 1, 1)
         return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
 
     def predict(self, x: Tensor, t: Tensor, conds: Sequence[dict[str, Tensor]]) -> Tensor:
+        model = self._live()
         # prompts of different length: attention does not change when the whole sequence is repeated
         length = math.lcm(*(c["crossattn"].shape[1] for c in conds))
         text = torch.cat([c["crossattn"].repeat(1, length // c["crossattn"].shape[1], 1) for c in conds])
-        if shared.sd_model.is_sdxl:
+        if model.is_sdxl:
             cond = {"crossattn": text, "vector": torch.cat([c["vector"] for c in conds])}
         else:
             cond = {"c_crossattn": [text]}
         # as the samplers call it, through the wrapper where casts and the medvram hook sit
         with _unet_autocast():
-            return shared.sd_model.apply_model(x.to(devices.device), t.float().to(devices.device), cond)
+            return model.apply_model(x.to(devices.device), t.float().to(devices.device), cond)
 
     # --- the WebUI's queue and progress bar ---------------------------------------------------------------
 
@@ -388,15 +417,11 @@ class WebuiHost:
     def exclusive(self, name: str) -> Iterator[None]:
         """The WebUI's queue: waits for generations, and they for it. The page's progress bar asks by the name."""
         progress.add_task_to_queue(name)
-        with call_queue.queue_lock:
-            shared.state.begin(job=name)
-            progress.start_task(name)
-            try:
+        try:
+            with call_queue.queue_lock, state.shown_as_job(name):
                 yield
-            finally:
-                progress.finish_task(name)
-                shared.state.end()
-                devices.torch_gc()
+        finally:
+            progress.pending_tasks.pop(name, None)
 
     def progress(self, info: dict) -> bool:
         # the sampler sets sampling_step itself, within one hundredth
@@ -408,11 +433,11 @@ class WebuiHost:
 
 
 def _txt2img(
-    prompt: str, seed: int, resolution: int, steps: int, guidance: float
+    model, prompt: str, seed: int, resolution: int, steps: int, guidance: float
 ) -> processing.StableDiffusionProcessingTxt2Img:
     """One picture as the txt2img tab would ask for it."""
     p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=shared.sd_model,
+        sd_model=model,
         prompt=prompt,
         seed=seed,
         steps=steps,
@@ -430,6 +455,14 @@ def _txt2img(
     p.setup_prompts()
     p.all_seeds, p.all_subseeds = [seed], [seed]
     return p
+
+
+def _encode_again() -> None:
+    """Forgets the prompts that generations have encoded."""
+    for kind in (processing.StableDiffusionProcessing, processing.StableDiffusionProcessingTxt2Img):
+        for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+            if cache in vars(kind):
+                setattr(kind, cache, [None, None])
 
 
 def _forget_in_forge(networks) -> None:
@@ -475,143 +508,5 @@ def _updown(module, slot: Slot) -> Tensor | None:
     return None
 
 
-@contextmanager
-def _trainable(model, wanted: bool) -> Iterator[None]:
-    """SDXL's conditioner runs its encoders without gradients, unless they say that they are trainable."""
-    found = (
-        [(e, e.is_trainable) for e in getattr(model, "conditioner", None).embedders] if wanted and model.is_sdxl else []
-    )
-    try:
-        for encoder, _ in found:
-            encoder.is_trainable = True
-        yield
-    finally:
-        for encoder, flag in found:
-            encoder.is_trainable = flag
-
-
 def _unet_autocast():
     return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
-
-
-@contextmanager
-def _bare(model) -> Iterator[None]:
-    """No LoRA in the weights, no hypernetwork in the attention.
-
-    LoRAs are baked in lazily, layer by layer, so each layer is asked to restore itself now. Those that were loaded are
-    named again at exit; the next generation bakes in what its own prompt asks for.
-    """
-    networks = lora_extension()
-    loaded = [
-        (n.mentioned_name or n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim) for n in networks.loaded_networks
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for module in model.modules():
-                if getattr(module, "network_current_names", ()):
-                    networks.network_apply_weights(module)
-
-    hypernetworks = list(shared.loaded_hypernetworks)
-    networks.load_networks([])
-    try:
-        shared.loaded_hypernetworks.clear()
-        restore()
-        yield
-    finally:
-        shared.loaded_hypernetworks[:] = hypernetworks
-        networks.load_networks([])
-        restore()
-        if loaded:
-            networks.load_networks(*map(list, zip(*loaded)))
-
-
-@contextmanager
-def _frozen(model) -> Iterator[None]:
-    """Eval mode and no gradients for any weight; exit puts each flag back and drops gradients."""
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for parameter, flag, grad in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _unhooked(unet: torch.nn.Module) -> Iterator[None]:
-    """Without --lowvram's hooks, which swap the data of the weights that a backward will need."""
-    found = [(module, dict(module._forward_pre_hooks)) for module in unet.modules()]
-    try:
-        for module, hooks in found:
-            for number, hook in hooks.items():
-                if getattr(hook, "__module__", "") == "modules.lowvram":
-                    del module._forward_pre_hooks[number]
-        yield
-    finally:
-        for module, hooks in found:
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks.update(hooks)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """PyTorch's own attention, whatever the settings say.
-
-    The WebUI's others cut their work by the memory that is free at the moment, so that a block that is computed again would
-    not be computed in the same way; and some keep all scores for the backward.
-    """
-    import ldm.modules.attention
-    import sgm.modules.attention
-    from modules.sd_hijack_optimizations import scaled_dot_product_attention_forward
-
-    kinds = (ldm.modules.attention.CrossAttention, sgm.modules.attention.CrossAttention)
-    found = [kind.forward for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.forward = scaled_dot_product_attention_forward
-        yield
-    finally:
-        for kind, forward in zip(kinds, found):
-            kind.forward = forward
-
-
-@contextmanager
-def _full_precision(model) -> Iterator[None]:
-    """As if the WebUI had been started with --no-half."""
-    wanted = dict.fromkeys(("dtype", "dtype_vae", "dtype_unet", "dtype_inference"), torch.float32)
-    wanted |= {"unet_needs_upcast": False, "force_fp16": False}
-    found = {name: getattr(devices, name) for name in wanted}
-    # live previews' models, kept in the precision in which they were first used
-    caches = (sd_vae_approx.sd_vae_approx_models, sd_vae_taesd.sd_vae_taesd_models)
-    kept = [dict(cache) for cache in caches]
-    with ExitStack() as back:
-        for name, value in wanted.items():
-            back.callback(setattr, devices, name, found[name])
-            setattr(devices, name, value)
-        for cache, before in zip(caches, kept):
-            back.callback(cache.update, before)
-            back.callback(cache.clear)
-            cache.clear()
-        back.enter_context(precision.full_precision([model]))
-        yield
-
-
-@contextmanager
-def _no_hypertile(model) -> Iterator[None]:
-    """A Hypertile that the last generation left on stays hooked until the next one: off for the job."""
-    found = [p for m in model.modules() if (p := getattr(m, "__webui_hypertile_params", None)) is not None]
-    before = [p.enabled for p in found]
-    try:
-        for params in found:
-            params.enabled = False
-        yield
-    finally:
-        for params, enabled in zip(found, before):
-            params.enabled = enabled

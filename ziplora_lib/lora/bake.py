@@ -7,6 +7,7 @@ scales columns of `lora_up`, and a half is some of the ranks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -60,11 +61,16 @@ def _recorded(lora: Lora) -> tuple[list[dict[str, str]], dict[str, tuple[int, ..
         ) from error
     parents = []
     for i, entry in enumerate(entries):
-        told = {field: str(entry.get(field, "")) for field in ("name", "role", "sha256", "trigger")}
+        told = {field: _text(entry.get(field, "")) for field in ("name", "role", "sha256", "trigger")}
         if told["role"] not in ("subject", "style"):
             told["role"] = "style" if i else "subject"
         parents.append(told)
     return parents, ranks
+
+
+def _text(value: object) -> str:
+    """A field of a parent, which another tool may have made a list of lists."""
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def in_order(lora: Lora, given: Mapping[str, Sequence]) -> list:
@@ -185,9 +191,10 @@ def bake(source: Path, destination: Path, weights: Sequence[float], overwrite: b
     name = destination.stem
     try:
         before = [float(w) for w in json.loads(lora.metadata["ziplora.strengths"])]
-    except (KeyError, ValueError, TypeError, OverflowError):
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         before = []
-    before = before if len(before) == len(weights) else [1.0] * len(weights)
+    told = len(before) == len(weights) and all(map(math.isfinite, before))
+    before = before if told else [1.0] * len(weights)
     metadata = {
         **lora.metadata,
         "ss_output_name": name,

@@ -62,7 +62,8 @@ def embedding_tensors(loras: Sequence[Lora]) -> tuple[dict[str, Tensor], list[st
     for lora in loras:
         for name, parts in lora.embeddings.items():
             known = kept.setdefault(name, parts)
-            same = known.keys() == parts.keys() and all(torch.equal(known[p], parts[p]) for p in parts)
+            # as fp32, for torch compares no floats of eight bits
+            same = known.keys() == parts.keys() and all(torch.equal(known[p].float(), parts[p].float()) for p in parts)
             if not same:
                 clashing.append(name)
     return {f"bundle_emb.{name}.{part}": t for name, parts in kept.items() for part, t in parts.items()}, clashing

@@ -89,15 +89,15 @@ UNET_RULES: Rules = [
     (r"conv_norm_out", lambda m: "out_0"),
     (r"time_embedding_linear_([12])", lambda m: f"time_embed_{2 * int(m[1]) - 2}"),
     (r"add_embedding_linear_([12])", lambda m: f"label_emb_0_{2 * int(m[1]) - 2}"),
-    (r"down_blocks_(\d+)_(attentions)_(\d+)_(.+)", _down),
-    (rf"down_blocks_(\d+)_(resnets)_(\d+)_({'|'.join(_RESNET)})", _down),
-    (r"down_blocks_(\d+)_downsamplers_0_conv", lambda m: f"input_blocks_{3 + 3 * int(m[1])}_0_op"),
-    (r"mid_block_(attentions)_(\d+)_(.+)", _middle),
-    (rf"mid_block_(resnets)_(\d+)_({'|'.join(_RESNET)})", _middle),
-    (r"up_blocks_(\d+)_(attentions)_(\d+)_(.+)", _up),
-    (rf"up_blocks_(\d+)_(resnets)_(\d+)_({'|'.join(_RESNET)})", _up),
-    (r"up_blocks_(\d+)_upsamplers_0_conv", lambda m: f"output_blocks_{2 + 3 * int(m[1])}_2_conv"),
-    (r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_\d.*", lambda m: m[0]),
+    (r"down_blocks_([0-9]{1,3})_(attentions)_([0-9]{1,3})_(.+)", _down),
+    (rf"down_blocks_([0-9]{{1,3}})_(resnets)_([0-9]{{1,3}})_({'|'.join(_RESNET)})", _down),
+    (r"down_blocks_([0-9]{1,3})_downsamplers_0_conv", lambda m: f"input_blocks_{3 + 3 * int(m[1])}_0_op"),
+    (r"mid_block_(attentions)_([0-9]{1,3})_(.+)", _middle),
+    (rf"mid_block_(resnets)_([0-9]{{1,3}})_({'|'.join(_RESNET)})", _middle),
+    (r"up_blocks_([0-9]{1,3})_(attentions)_([0-9]{1,3})_(.+)", _up),
+    (rf"up_blocks_([0-9]{{1,3}})_(resnets)_([0-9]{{1,3}})_({'|'.join(_RESNET)})", _up),
+    (r"up_blocks_([0-9]{1,3})_upsamplers_0_conv", lambda m: f"output_blocks_{2 + 3 * int(m[1])}_2_conv"),
+    (r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_[0-9]{1,3}(?![0-9]).*", lambda m: m[0]),
 ]
 # sgm counts what stands before it in its block, and the attention there is SDXL's alone
 _FIRST_UPSAMPLER = {
@@ -120,7 +120,7 @@ TEXT_RULES: Rules = [
     # newer transformers leave out the wrapper that every other tool names
     (r"(?:encoder_layers|embeddings)_.+|final_layer_norm", lambda m: f"text_model_{m[0]}"),
     (
-        rf"(?:model_)?transformer_resblocks_(\d+)_({'|'.join(_OPEN_CLIP)})(.*)",
+        rf"(?:model_)?transformer_resblocks_([0-9]{{1,3}})_({'|'.join(_OPEN_CLIP)})(.*)",
         lambda m: f"text_model_encoder_layers_{m[1]}_{_OPEN_CLIP[m[2]]}{m[3]}",
     ),
     (r"(?:model_)?ln_final", lambda m: "text_model_final_layer_norm"),

@@ -18,8 +18,9 @@ from ziplora_lib.lora.delta import DenseDelta, LowRankDelta
 
 Parts = Mapping[str, Tensor]
 
-# the values of a layer that is larger than any model's
-LARGEST = 2**28
+# the values, and the outputs or columns, of a layer that is larger than any model's: the largest that SDXL has are its table
+# of tokens, 49408 x 1280, and a convolution with 23040 columns
+LARGEST, LONGEST = 2**26, 2**17
 
 # the parts that make a layer of each kind, as LyCORIS and the WebUI name them; the first that is there tells the kind
 KINDS: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "full": ("diff",),
     "norm": ("w_norm", "b_norm"),
     "bias": ("diff_b", "lora_B.bias"),
+}
+# how many dimensions a part has, where another number of them would mean another layer or none
+DIMENSIONS: dict[str, tuple[int, ...]] = {
+    **{f"{kind}_w{n}_{half}": (2,) for kind in ("hada", "lokr") for n in (1, 2) for half in "ab"},
+    **dict.fromkeys(("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2"), (4,)),
+    "lokr_w1": (2,),
+    "lokr_w2": (2, 4),
+    "diff": (2, 4),
 }
 # parts that any kind may have beside its own
 MODIFIERS = ("alpha", "scale", "dora_scale")
@@ -124,7 +133,7 @@ def base_factors(kind: str, parts: Parts) -> LowRankDelta | None:
     if build is None:
         return None
     out, columns = extent(kind, parts)
-    if out * columns > LARGEST:  # a small file can ask for terabytes
+    if out * columns > LARGEST or max(out, columns) > LONGEST:  # a small file can ask for terabytes
         raise ValueError(f"they ask for a layer of {out} x {columns}, larger than any model's")
     up, down, rank = build(parts)
     if up.shape[1] != down.shape[0]:
@@ -135,6 +144,10 @@ def base_factors(kind: str, parts: Parts) -> LowRankDelta | None:
 
 def read_layer(kind: str, parts: Parts) -> LowRankDelta | DenseLayer:
     """A layer as factors where it is low rank by nature, else as what the host works it out from."""
+    for part, dimensions in DIMENSIONS.items():
+        if part in parts and parts[part].ndim not in dimensions:
+            raise ValueError(f"{part} has {parts[part].ndim} dimensions")
+    extent(kind, parts)  # raises where they are none of the kind
     if "dora_scale" in parts:
         return DenseLayer(kind, parts)
     factors = base_factors(kind, parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ziplora_lib.errors import BadInput, out_of_memory
@@ -72,6 +74,14 @@ UNREAD_KINDS = {
 _BUNDLED = "bundle_emb."
 _DAMAGED = "The file is damaged or unfinished: download or save it again"
 
+# the largest value, of a part or of what parts make together, that a LoRA may have: a picture takes a fraction of one
+LARGEST_VALUE = 1e15
+# how many values a layer's factors may have for each byte of the file: the most that a LoKr has is a few hundred; and how
+# many they may have anyway
+_VALUES_A_BYTE, _ANYWAY = 2048, 2**24
+# bytes of the largest JSON file beside a LoRA that is looked at
+_LARGEST_BESIDE = 2**24
+
 BASES = {"sdxl": "SDXL", "sd1": "SD 1.5", "sd2": "SD 2.x", "unknown": "unknown"}
 
 
@@ -121,8 +131,7 @@ def read(path: Path) -> Lora:
     incomplete layer, values that are not finite.
     """
     path = Path(path)
-    tensors, metadata = _tensors(path)
-    return _understood(path, tensors, metadata, tensor_sha256(path))
+    return _understood(path, *_tensors(path))
 
 
 def glance(path: Path, whole: bool = True) -> Lora:
@@ -134,10 +143,14 @@ def glance(path: Path, whole: bool = True) -> Lora:
     """
     path = Path(path)
     with _opened(path) as file:
-        names = sorted(file.keys())
-        chosen = names if whole else _dozen(names)
-        tensors = {name: _outline(file, name) for name in chosen}
-        return _understood(path, tensors, dict(file.metadata() or {}), str(path.resolve()))
+        try:
+            names = sorted(file.keys())
+            chosen = names if whole else _dozen(names)
+            tensors = {name: _outline(file, name) for name in chosen}
+            metadata = dict(file.metadata() or {})
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from error
+    return _understood(path, tensors, metadata, str(path.resolve()))
 
 
 def _dozen(names: Sequence[str]) -> list[str]:
@@ -151,24 +164,33 @@ def _dozen(names: Sequence[str]) -> list[str]:
     return [name for layer in kept for name in layers[layer]]
 
 
+_SETTINGS = (".alpha", ".scale", ".on_input")
 _OUTLINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _outline(file, name: str) -> Tensor:
-    """A tensor's shape and dtype without its values; a single number as 1, and a rare dtype as it is."""
+    """A tensor's shape and dtype without its values; a setting of one number as 1. A rare dtype is read."""
     outline = file.get_slice(name)
     shape, dtype = outline.get_shape(), _OUTLINED.get(outline.get_dtype())
-    if dtype is None:
-        return file.get_tensor(name)
-    return torch.ones(shape, dtype=dtype) if math.prod(shape) == 1 else torch.empty(shape, dtype=dtype, device="meta")
+    if name.endswith(_SETTINGS) and math.prod(shape) == 1:
+        return file.get_tensor(name) if dtype is None else torch.ones(shape, dtype=dtype)
+    return file.get_tensor(name).to("meta") if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def finite(tensor: Tensor) -> bool:
     """Whether all values are numbers; of a tensor without values, true."""
     if tensor.is_meta or not tensor.numel():
         return True
+    return math.isfinite(_largest(tensor))
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude of a tensor's values, NaN or infinity if one of them is; 0 of a tensor without values."""
+    if tensor.is_meta or not tensor.numel():
+        return 0.0
     # the least and the largest tell, NaN among them, faster than an answer for each
-    return bool(torch.isfinite(torch.stack(tensor.float().aminmax())).all())
+    least, most = torch.stack(tensor.float().aminmax()).tolist()
+    return math.nan if math.isnan(least) else max(-least, most)
 
 
 def _understood(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], own_hash: str) -> Lora:
@@ -192,9 +214,11 @@ def _understood(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
             )
         layers[key] = layer
     deltas, dense, vectors, found = {}, {}, {}, Counter()
+    room = max(_ANYWAY, _VALUES_A_BYTE * path.stat().st_size)
     for key, layer in sorted(layers.items()):
         try:
             kind, delta, vector = _read_layer(path, layer, scales)
+            _check_values(path, layer, delta)
         except BadInput:
             raise
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
@@ -210,6 +234,9 @@ def _understood(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         found[kind] += 1
         if isinstance(delta, LowRankDelta):
             deltas[key] = delta
+            room -= delta.up.numel() + delta.down.numel()
+            if room < 0:
+                raise layer.bad("its layers ask for far more memory than a file of this size can mean", _DAMAGED, path)
         elif delta is not None:
             dense[key] = delta
         if vector is not None:
@@ -258,8 +285,9 @@ def _opened(path: Path):
             file=path.name,
             remedy="Convert it to safetensors first; pickled files (.pt, .ckpt) are never opened",
         )
-    if not path.is_file():
-        raise BadInput("there is no such file", file=str(path), remedy="Check the name, or refresh the list")
+    if not _is_file(path):
+        problem = "is a folder, a pipe or a link, not a file" if os.path.lexists(path) else "there is no such file"
+        raise BadInput(problem, file=str(path), remedy="Check the name, or refresh the list")
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -270,25 +298,53 @@ def _opened(path: Path):
         ) from error
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _is_file(path: Path) -> bool:
+    """Whether there is an ordinary file, which a pipe, where reading never ends, is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+# what a header's lies raise in safetensors and torch
+_UNREADABLE = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
+
+
+def _unreadable(path: Path, error: Exception) -> BadInput:
+    return BadInput(
+        f"its tensors cannot be read ({error})",
+        file=path.name,
+        remedy="The file is damaged: download or save it again",
+    )
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """All tensors, the metadata and the hash, of one and the same reading.
+
+    In memory whole: where a file is only mapped there, its values change when it is overwritten, and the process ends when it
+    is cut short.
+    """
     with _opened(path) as file:
-        try:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise BadInput(
-                f"its tensors cannot be read ({error})",
-                file=path.name,
-                remedy="The file is damaged: download or save it again",
-            ) from error
+        metadata = dict(file.metadata() or {})
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+    except (*_UNREADABLE, OSError) as error:
+        if out_of_memory(error):
+            raise
+        raise _unreadable(path, error) from error
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return tensors, metadata, hashlib.sha256(memoryview(data)[begin:]).hexdigest()
 
 
 @dataclass
 class _Layer:
-    """A layer as the file spells it: its name, its parts, and the full name of each part's tensor."""
+    """A layer as the file spells it: its name, its parts, the full name of each part's tensor, and its largest value."""
 
     name: str
     parts: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -352,9 +408,10 @@ def _read_layer(
     """A layer's kind, what it does to the weight, and to the norm or bias."""
     parts = dict(layer.parts)
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() and part not in ("alpha", "on_input"):
+        if tensor.is_complex() or (not tensor.is_floating_point() and part not in ("alpha", "on_input")):
             raise layer.bad(f"holds {tensor.dtype}, not floating point numbers", _DAMAGED, path, part)
-        if not finite(tensor):
+        layer.largest[part] = _largest(tensor)
+        if not math.isfinite(layer.largest[part]):
             raise layer.bad(
                 "has values that are not finite (NaN or infinity)",
                 "The training of this LoRA failed: use another file or an earlier epoch",
@@ -390,20 +447,47 @@ def _read_layer(
         bias = parts["lora_B.bias"].float() * (1.0 if factors is None else factors.scale)
     weight = parts.get("w_norm")
     row = [None if t is None else t.reshape(1, -1) for t in (weight, bias)]
-    return _kind_name(kind, parts), delta, None if weight is None and bias is None else Vectors(*row)
+    return _kind_name(kind, parts), delta, _vectors(path, layer, *row)
 
 
 def _own_layer(path: Path, layer: _Layer) -> tuple[str, LowRankDelta | None, Vectors | None]:
     """A layer of a merge whose parents' parts are kept beside what others read."""
     parts, delta = layer.parts, None
     if "ziplora_up" in parts:
-        if "ziplora_down" not in parts or parts["ziplora_up"].shape[-1] != parts["ziplora_down"].shape[0]:
+        up, down = parts["ziplora_up"], parts.get("ziplora_down")
+        if down is None or up.ndim != 2 or down.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
             raise layer.bad("its factors do not fit", "Another tool changed the file: merge again", path, "ziplora_up")
-        delta = LowRankDelta(parts["ziplora_up"], parts["ziplora_down"])
+        delta = LowRankDelta(up, down)
     weight, bias = parts.get("ziplora_weight"), parts.get("ziplora_bias")
     if any(t is not None and t.ndim != 2 for t in (weight, bias)):
         raise layer.bad("has no row for each parent", "Another tool changed the file: merge again", path)
-    return "merged", delta, None if weight is None and bias is None else Vectors(weight, bias)
+    return "merged", delta, _vectors(path, layer, weight, bias)
+
+
+def _vectors(path: Path, layer: _Layer, weight: Tensor | None, bias: Tensor | None) -> Vectors | None:
+    """What a layer adds to its vectors, a row each; None where that is nothing."""
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        raise layer.bad(f"its weight {list(weight.shape)} and bias {list(bias.shape)} do not fit", _DAMAGED, path)
+    return None if weight is None and bias is None else Vectors(weight, bias)
+
+
+_FACTORS = {"ziplora_up", "ziplora_down", *(part for kind in ("LoRA", "LoHa", "LoKr") for part in kinds.KINDS[kind])}
+
+
+def _check_values(path: Path, layer: _Layer, delta: LowRankDelta | DenseLayer | None) -> None:
+    """Refuses values that no model can hold, alone or in ΔW: their norms and overlaps would not be numbers."""
+    loudest = max(layer.largest, key=lambda part: layer.largest[part])
+    reach = layer.largest[loudest]
+    if isinstance(delta, LowRankDelta):
+        own = [value for part, value in layer.largest.items() if part in _FACTORS]
+        reach = max(reach, max(*own, math.prod(own) * delta.rank) * max(1.0, abs(delta.scale)))
+    if not reach <= LARGEST_VALUE:
+        raise layer.bad(
+            f"has values up to {reach:.0e}, beyond what any model can hold",
+            "The training of this LoRA failed: use another file or an earlier epoch",
+            path,
+            loudest,
+        )
 
 
 def _kind_name(kind: str, parts: Mapping[str, Tensor]) -> str:
@@ -446,8 +530,13 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int 
     Newer diffusers store PEFT's settings in one JSON field of the metadata, PEFT itself in a file of its own.
     """
     settings = _json(metadata.get("lora_adapter_metadata", ""))
-    if path.name == "adapter_model.safetensors" and (file := path.with_name("adapter_config.json")).is_file():
-        own = _json(file.read_text(encoding="utf-8", errors="replace"))
+    if path.name == "adapter_model.safetensors" and os.path.lexists(file := path.with_name("adapter_config.json")):
+        if (own := _beside(file)) is None:
+            raise BadInput(
+                "PEFT's settings beside it, adapter_config.json, cannot be read",
+                file=path.name,
+                remedy="Save the LoRA again with PEFT, or copy that file anew",
+            )
         settings |= {f"base_model.model.{field}": value for field, value in own.items()}
 
     def scale(name: str, rank: int | None) -> float | None:
@@ -471,7 +560,7 @@ def _adapter_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int 
             found = float("nan")
         if found is None:
             return None
-        if not (math.isfinite(found) and rank):
+        if not (math.isfinite(found) and rank and 0 < rank < math.inf):
             raise BadInput(
                 "PEFT's settings give it no usable alpha",
                 file=path.name,
@@ -523,10 +612,17 @@ def _json(text: str) -> dict:
 
 def _sidecar(path: Path) -> dict:
     """The WebUI's own notes beside a LoRA (NAME.json); {} where there are none or they cannot be read."""
+    return _beside(path.with_suffix(".json")) or {}
+
+
+def _beside(file: Path) -> dict | None:
+    """The JSON object in a file beside a LoRA, {} where it holds another thing; None where it cannot be read."""
     try:
-        return _json(path.with_suffix(".json").read_text(encoding="utf-8", errors="replace"))
+        if not _is_file(file) or file.stat().st_size > _LARGEST_BESIDE:
+            return None
+        return _json(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        return {}
+        return None
 
 
 # the width of what cross-attention reads tells the base model
@@ -576,6 +672,6 @@ def _columns(layer: _Layer) -> int | None:
         return None
     try:
         found = kinds.extent(kind, layer.parts)
-    except IndexError:  # refused when the layer is read
+    except (IndexError, KeyError, RuntimeError, ValueError):  # refused when the layer is read
         return None
     return None if found is None else found[1]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ziplora_lib.errors import BadInput
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -24,6 +26,11 @@ class Vectors:
             some = next((t for t in found if t is not None), None)
             if some is None:
                 return None
+            if any(t is not None and t.shape[-1] != some.shape[-1] for t in found):
+                raise BadInput(
+                    "the LoRAs change a norm or bias of different sizes",
+                    remedy="These LoRAs belong to different base models",
+                )
             none = torch.zeros(some.shape[-1])
             return torch.stack([none if t is None else t.float().sum(0) * w for t, w in zip(found, strengths)])
 

@@ -41,6 +41,8 @@ class Pairing:
     @property
     def cancels(self) -> bool:
         """Whether the LoRAs' sum is nothing beside each of them."""
+        if not self.stacks:
+            return False
         grams = sum(stack.column_grams().sum(-1, keepdim=True) for stack in self.stacks.values())
         return float(grams.diagonal().sum()) > 0 and _sum_and_apart(grams)[0] is None
 
