@@ -21,13 +21,13 @@ def failures() -> list[tuple[str, str, str]]:
     found = []
     for name, place in (("state-webui", "in the WebUI"), ("failures", "without a WebUI")):
         told = result(name)
-        what = (
-            f"a failure at each line of a merge in turn, {place}: errors, memory that runs out, a thread that is ended"
-        )
+        what = f"a failure at a line of a merge, {place}: errors, memory that runs out, a thread that is ended"
         came = f"{told['recovered']:,} times all as before: weights, flags, hooks, devices, LoRAs, random state, files"
+        if left := told["injected"] - told["recovered"]:
+            came += f"; {left} times the new LoRA was in its place already, whole, though the job had failed"
         if told.get("pictures"):
             came += f"; {told['differing_pictures']} of {told['pictures']} pictures of the same seed differ"
-        found.append((what, f"{told['injected']:,}", came))
+        found.append((what, f"{told['injected']:,} of {told['lines']:,} lines", came))
     return found
 
 
@@ -50,9 +50,10 @@ def kills() -> list[tuple[str, str, str]]:
 def hostile() -> list[tuple[str, str, str]]:
     fuzz, asked = result("fuzz"), result("hostile")
     counts = fuzz["counts"]
+    slow = f"a traceback, a wrong value, memory beyond the file's size, more than {fuzz['limits']['seconds']} s"
     read = (
         f"{counts['read']:,} read, {counts['refused']:,} refused in one line with file, key and remedy; {counts['failed']} "
-        "of another kind (a traceback, a wrong value, a hang, memory beyond the file's size)"
+        f"other ({slow})"
     )
     return [
         ("LoRA files made wrong by a fuzzer, through all that reads them", f"{fuzz['inputs']:,}", read),

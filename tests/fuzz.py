@@ -1032,7 +1032,7 @@ class _Judge:
         weights = [rng.choice((0.0, 1.0, 0.5, -2.0, 1.25)) for _ in range(n)]
         out = self.folder / "baked.safetensors"
         if self.tried("bake", lambda: bake.bake(path, out, weights)):
-            self.tried("read baked", lambda: reader.read(out))
+            self._readable("read baked", out)
             wanted = [(weight, half) for weight, half in zip(weights, self.found.halves)]
             self._saved(out, wanted)
         elif self.found.halves:
@@ -1042,10 +1042,15 @@ class _Judge:
         halves = [self.folder / f"half {i}.safetensors" for i in range(n)]
         if self.tried("split", lambda: bake.split(path, halves)):
             for i, half in enumerate(halves):
-                self.tried("read half", lambda half=half: reader.read(half))
+                self._readable("read half", half)
                 self._saved(half, [(1.0, own) for own in self.found.halves[i : i + 1]])
         elif self.found.halves and all(self.found.halves):
             self.fault("wrong", "a merge was not split")
+
+    def _readable(self, check: str, path: Path) -> None:
+        faults = len(self.faults)
+        if self.tried(check, lambda: reader.read(path)) is None and len(self.faults) == faults:
+            self.fault("wrong", "what was written cannot be read")
 
     def _saved(self, path: Path, wanted: Sequence[tuple[float, dict[str, np.ndarray]]]) -> None:
         """A written file holds the weighted sum of halves, read with safetensors alone."""

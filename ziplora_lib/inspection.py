@@ -27,6 +27,8 @@ _PARTS = {"attn1": "attention", "attn2": "attention", "ff": "feed-forward", "pro
 _ENCODERS = {"te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2"}
 # characters of a line for a terminal: metadata can have megabytes, which --json shows
 SHOWN = 1000
+# characters of the longest JSON that ZipLoRA records in a field
+LONGEST_RECORDED = 1_000_000
 # ranks above this one are rarely meant
 HUGE_RANK = 256
 # what trainers write -> how it is called here
@@ -517,6 +519,8 @@ def _number(value: float | None, form: str) -> str:
 
 def _parsed(value: str) -> object:
     """What recorded JSON says, where it can be said again as JSON, else its text."""
+    if len(value) > LONGEST_RECORDED:
+        return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):

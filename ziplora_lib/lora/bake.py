@@ -19,7 +19,7 @@ from safetensors import safe_open
 from ziplora_lib.errors import BadInput
 from ziplora_lib.lora import writer
 from ziplora_lib.lora.extras import embedding_tensors, extra_tensors
-from ziplora_lib.lora.keys import LAYER_NAMES, layer_key, spelled
+from ziplora_lib.lora.keys import LAYER_NAMES, layer_key, listed, spelled
 from ziplora_lib.lora.metadata import half_metadata, made_by
 from ziplora_lib.lora.reader import Lora, read
 from ziplora_lib.lora.stack import Stack
@@ -122,6 +122,13 @@ def check_strengths(lora: Lora, weights: Sequence[float]) -> None:
 def stacks(lora: Lora) -> dict[str, Stack]:
     """A merged file's layers, split into its parents again. Raises BadInput for a LoRA that ZipLoRA did not make."""
     table, split = _recorded(lora)[1], {}
+    if lora.dense:
+        raise BadInput(
+            f"has {listed(sorted(lora.dense))} of a kind that ZipLoRA does not write",
+            file=lora.path.name,
+            key=min(lora.dense),
+            remedy="Another tool changed the file: merge again",
+        )
     for key, delta in lora.deltas.items():
         ranks = table.get(key, table.get("*", ()))
         if sum(ranks) != delta.rank or min(ranks) < 0:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
+from safetensors import SafetensorError, deserialize, safe_open
 from torch import Tensor
 
 from ziplora_lib.errors import BadInput, out_of_memory
@@ -328,13 +327,34 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
         metadata = dict(file.metadata() or {})
     try:
         data = path.read_bytes()
-        tensors = load(data)
+        tensors = {name: _tensor(view) for name, view in deserialize(data)}
     except (*_UNREADABLE, OSError) as error:
         if out_of_memory(error):
             raise
         raise _unreadable(path, error) from error
     begin = 8 + int.from_bytes(data[:8], "little")
     return tensors, metadata, hashlib.sha256(memoryview(data)[begin:]).hexdigest()
+
+
+# newer versions of PyTorch have more of them
+_FORMATS = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+        "BOOL": "bool", "C64": "complex64",
+    }.items()
+    if hasattr(torch, dtype)
+}  # fmt: skip
+
+
+def _tensor(view: Mapping) -> Tensor:
+    """A tensor of what safetensors gives: dtype, shape, data. By its own `load` older versions fail at one without values."""
+    if (dtype := _FORMATS.get(view["dtype"])) is None:
+        raise ValueError(f"{view['dtype']} is no number format that is known here")
+    if not len(view["data"]):
+        return torch.empty(view["shape"], dtype=dtype)
+    return torch.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])
 
 
 @dataclass

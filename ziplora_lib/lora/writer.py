@@ -73,8 +73,10 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise BadInput(f"the folder {folder} does not exist", remedy="Create it, or choose another")
     probe = atomic.part_of(path, max(BESIDE, key=len))
     try:  # os.access is not enough: it knows neither special file systems nor quotas, nor how long a path may be
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise BadInput(f"the path {path} is too long for this disk", remedy="Choose a shorter name") from error
