@@ -187,7 +187,7 @@ def sparsity(delta: LowRankDelta) -> Sparsity | None:
     out, columns = delta.shape[0], len(energies)
     rows = min(out, max(_ROWS, _ELEMENTS // columns))
     chosen = torch.arange(rows) * out // rows
-    elements = (delta.up[chosen].float() @ delta.down.float().flatten(1)).square().flatten()
+    elements = (delta.up.float()[chosen] @ delta.down.float().flatten(1)).square().flatten()
     if not energies.any() or not elements.any():
         return None
     return Sparsity(
