@@ -153,7 +153,8 @@ def test_a_folder_is_loaded_with_its_base(folders, tmp_path, base):
         cond = host.encode("a photo of sks cat", SIDE)
         assert cond[0].shape == (1, 77, {"sd1": 768, "sd2": 1024}[base])
         wanted = pipe.unet(x, t, pipe.encode_prompt("a photo of sks cat", "cpu", 1, False)[0]).sample
-        torch.testing.assert_close(host.predict(x, t, [cond]), wanted, rtol=0, atol=0)
+        # up to rounding: where weights lie in memory decides on some processors in which order they are summed
+        torch.testing.assert_close(host.predict(x, t, [cond]), wanted)
 
 
 def test_a_single_file_is_loaded_with_its_base(folders, tmp_path, monkeypatch):
