@@ -204,6 +204,14 @@ def random_pair(folder: Path) -> tuple[Path, Path]:
     )
 
 
+def report(told: dict, file: Path | None) -> None:
+    """Says the result of a long run, and keeps it."""
+    text = json.dumps(told, indent=1)
+    print(text)
+    if file:
+        file.write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
@@ -235,9 +243,7 @@ def main() -> None:
         "command": f"python -m tests.failures --part {args.part}",
         "machine": machine(),
     }
-    print(json.dumps(told, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+    report(told, args.json)
 
 
 if __name__ == "__main__":

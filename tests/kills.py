@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from failures import random_pair, small_recipes
+    from failures import random_pair, report, small_recipes
 
     from benchmarks.machine import machine
     from ziplora_lib.hosts.diffusers import DiffusersHost
@@ -186,9 +186,7 @@ def main() -> None:
         "command": f"python -m tests.kills --count {args.count} --seed {args.seed}",
         "machine": machine(),
     }
-    print(json.dumps(told, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+    report(told, args.json)
 
 
 if __name__ == "__main__":

@@ -15,42 +15,16 @@ KILLS = 20
 # moment.
 SCRIPT = """
 import builtins, io, os, random, signal, sys, time
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, ROOT + '/tests']
 from pathlib import Path
 import torch
-from safetensors.torch import load_file
+from kills import with_a_slow_disk
 from ziplora_lib.lora import writer
 from ziplora_lib.lora.delta import LowRankDelta
 from ziplora_lib.lora.reader import read
 from ziplora_lib.lora.stack import Stack
 
 torch.set_num_threads(1)
-
-class SlowFile:
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, data):
-        for i in range(0, len(data), 1 << 16):
-            self.file.write(data[i : i + (1 << 16)])
-            self.file.flush()
-            time.sleep(0.001)
-        return len(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def slow_open(file, mode="r", *args, **kwargs):
-    opened = fast_open(file, mode, *args, **kwargs)
-    return SlowFile(opened) if "w" in mode else opened
-
 
 fast_open = builtins.open
 path, chance = Path(FOLDER) / "merged.safetensors", random.Random(0)
@@ -62,7 +36,7 @@ contents = [
     for n in (1, 2)
 ]
 # how long one write takes on this machine: the kills fall into the first three
-builtins.open = io.open = slow_open
+with_a_slow_disk()
 began = time.monotonic()
 writer.write(path, contents[0], "fp32", {"n": "1"}, True)
 once = time.monotonic() - began
@@ -72,7 +46,7 @@ for kill in range(KILLS):
     ready, begun = os.pipe()
     child = os.fork()
     if not child:
-        builtins.open = io.open = slow_open
+        with_a_slow_disk()
         os.write(begun, b"x")
         while True:
             for n in (1, 0):

@@ -275,12 +275,8 @@ def _left(recipe: Recipe, host: Host) -> Planned:
         if not planned.file.exists():
             return planned
         return replace(planned, taken=not recipe.overwrite or found(planned) == FINISHED)
-    except (BadInput, OSError) as error:
-        return (
-            planned
-            if recipe.overwrite
-            else planned.refused(error if isinstance(error, BadInput) else BadInput(str(error)))
-        )
+    except BadInput as error:  # a damaged file in its place may be overwritten, a name that cannot be may not
+        return planned if planned.file and recipe.overwrite else planned.refused(error)
 
 
 def as_found(one: Planned) -> Outcome:
